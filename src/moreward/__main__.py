@@ -1,0 +1,5 @@
+"""`python -m moreward`."""
+
+from moreward.cli import main
+
+main()

@@ -1,0 +1,343 @@
+"""The `moreward` command. Heavy imports stand inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moreward.errors import MorewardError
+
+if TYPE_CHECKING:
+    from moreward.evals.run import Result
+    from moreward.types import Preference
+
+app = typer.Typer(
+    help="Mixture-of-experts reward models: train, evaluate, extend, score.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at preference data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
+Data = Annotated[
+    list[str], typer.Option("--data", metavar="PATH", help="Files, folders or globs of pairs; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BackboneDir = Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Cut what is too long, and say so, instead of refusing.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("runs/demo"),
+    pairs: Annotated[int, typer.Option("--pairs", min=20, help="Training pairs per domain.")] = 160,
+    noise: Annotated[float, typer.Option("--noise", min=0, max=0.5, help="Share of flipped training labels.")] = 0.1,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Train one model and a mixture on generated preferences that conflict, and compare them."""
+    from moreward.demo import run_demo
+
+    run_demo(out, pairs=pairs, noise=noise, seed=seed, say=typer.echo)
+
+
+@app.command(
+    epilog="Keys: recipe, backbone, data.train, data.val, tune, out, seed, preset, train.*, system.*. "
+    "`moreward list` shows the recipes and every key."
+)
+def train(
+    words: Annotated[
+        list[str], typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="A file, and keys on top of it.")
+    ],
+) -> None:
+    """Train a run. Given the folder of one that was cut short, go on with it."""
+    from moreward.config import merge, parse_assignments, read_config
+    from moreward.train.runner import train as train_run
+    from moreward.train.track import Console, Silent
+
+    first = words[0]
+    given = read_config(Path(first)) if "=" not in first else {}
+    given = merge(given, parse_assignments(words[1:] if given else words))
+    is_main = os.environ.get("RANK", "0") == "0"
+    run = train_run(given, reporter=Console() if is_main else Silent())
+    if is_main:
+        typer.echo(f"trained: {run}\nnext:    moreward eval {run} --data TEST.jsonl")
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    data: Data,
+    baseline: Annotated[Path | None, typer.Option(help="A single model of the same budget, to test against.")] = None,
+    as_json: AsJson = False,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+    device: Device = "auto",
+    domain_key: Annotated[str | None, typer.Option(help="The column that names the domain.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random router.")] = 0,
+) -> None:
+    """Say per domain how good a run is, with intervals, and whether it beats a single model."""
+    from moreward.evals.compare import compare as compare_systems
+    from moreward.report import render_evaluation
+
+    preferences = _load_pairs(data, domain_key)
+    runs = {"system": run, **({"single model": baseline} if baseline else {})}
+    results = {
+        name: _evaluate(path, preferences, truncate=truncate, backbone=backbone, device=device, seed=seed)
+        for name, path in runs.items()
+    }
+    result = results["system"]
+    comparison = None
+    if baseline:
+        _check_same_pairs(results)
+        groups, domains = [p.prompt_group for p in result.preferences], [p.domain for p in result.preferences]
+        correct = {name: r.correct for name, r in results.items()}
+        comparison = compare_systems(correct, groups, domains, baseline="single model")
+    if as_json:
+        told: dict[str, Any] = {"evaluation": result.evaluation.to_json(), "routing": result.routing.to_json()}
+        told |= {"too_long": dict(result.too_long)}
+        told |= {"comparison": comparison.to_json()} if comparison else {}
+        typer.echo(json.dumps(told, indent=1))
+        return
+    typer.echo(render_evaluation(result.evaluation, result.routing, comparison, name="system" if baseline else ""))
+    _say_too_long(result)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)],
+    data: Data,
+    baseline: Annotated[str | None, typer.Option(help="The run to test against; by default the first.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_json: AsJson = False,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+    device: Device = "auto",
+) -> None:
+    """Put several runs side by side on the same pairs, with paired tests."""
+    from moreward.evals.compare import compare as compare_systems
+    from moreward.report import markdown_systems, render_systems
+
+    preferences = _load_pairs(data, None)
+    results = {
+        path.name: _evaluate(path, preferences, truncate=truncate, backbone=backbone, device=device) for path in runs
+    }
+    _check_same_pairs(results)
+    first = next(iter(results.values()))
+    groups, domains = [p.prompt_group for p in first.preferences], [p.domain for p in first.preferences]
+    correct = {name: r.correct for name, r in results.items()}
+    base = Path(baseline).name if baseline else runs[0].name
+    if base not in correct:
+        raise typer.BadParameter(f"{base!r} is not among the runs {', '.join(correct)}", param_hint="--baseline")
+    comparison = compare_systems(correct, groups, domains, baseline=base) if len(correct) > 1 else None
+    evaluations = {name: r.evaluation for name, r in results.items()}
+    if as_json:
+        told: dict[str, Any] = {
+            "evaluations": {k: v.to_json() for k, v in evaluations.items()},
+            "routing": {k: r.routing.to_json() for k, r in results.items()},
+            "comparison": comparison.to_json() if comparison else None,
+        }
+        typer.echo(json.dumps(told, indent=1))
+        return
+    typer.echo((markdown_systems if markdown else render_systems)(evaluations, comparison))
+    _say_too_long(first)
+
+
+@app.command()
+def score(
+    run: Run,
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows with prompt and response, or messages.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where the rewards go.")],
+    explain: Annotated[bool, typer.Option("--explain", help="Add every expert's reward.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    truncate: Truncate = False,
+    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Stop when more rows than this are bad.")] = 0.01,
+    backbone: BackboneDir = None,
+    device: Device = "auto",
+) -> None:
+    """Give every row of a file its reward. Killed and started again, it goes on where it was."""
+    from moreward.bulk import score_file
+    from moreward.train.track import Console
+
+    console = Console()
+    scorer = _load(run, truncate=truncate, backbone=backbone, device=device)
+    started = False
+
+    def progress(done: int, total: int | None) -> None:
+        nonlocal started
+        if not started:
+            console.start("score", total or 0, done)
+            started = True
+        console.step(done)
+
+    report = score_file(
+        scorer, source, out, explain=explain, overwrite=overwrite, max_bad_share=max_bad_share, progress=progress
+    )
+    console.finish()
+    resumed = f", {report.resumed_from:,} of them before" if report.resumed_from else ""
+    typer.echo(f"{report.rows:,} rows: {report.scored:,} rewards, {report.bad:,} bad{resumed} -> {out}", err=True)
+    for line in report.bad_rows:
+        typer.echo(line, err=True)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def extend(
+    run: Run,
+    domain: Annotated[str, typer.Option(help="The name of the new domain.")],
+    data: Data,
+    out: Annotated[Path | None, typer.Option("--out", help="The new run; by default RUN+DOMAIN.")] = None,
+    old_data: Annotated[
+        list[str] | None, typer.Option("--old-data", help="Where the old domains' training pairs are now.")
+    ] = None,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+) -> None:
+    """Add a domain: one new expert and a refitted router; every old expert stays the same to the bit."""
+    from moreward.evals.run import evaluate_run
+    from moreward.report import render_extension
+    from moreward.train.extend import extend as extend_run
+    from moreward.train.track import Console
+
+    made = extend_run(run, domain, data, out=out, old_data=old_data or (), backbone=backbone, reporter=Console())
+    typer.echo(
+        f"golden rewards of the old experts: {made.num_golden} recomputed, largest change "
+        f"{made.golden_difference:g}{' (bit-identical)' if made.golden_difference == 0 else ''}"
+    )
+    before = _load(made.parent, truncate=truncate, backbone=backbone)
+    after = _load(made.run, truncate=truncate, backbone=backbone)
+    pairs = [*made.old_val, *made.new_val]
+    typer.echo(render_extension(evaluate_run(before, pairs), evaluate_run(after, pairs), domain))
+    typer.echo(f"extended: {made.run}  (the old run is untouched)")
+    if made.golden_difference:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """Show the recipes and every configuration key with its default."""
+    from moreward.config import RunConfig
+    from moreward.registry import find_recipe, recipe_names
+
+    for name in recipe_names():
+        recipe = find_recipe(name)
+        module = sys.modules[recipe.__module__].__doc__ or ""
+        typer.echo(f"{module.strip().splitlines()[0]}")
+        typer.echo(f"  recipe={name}  tune: {', '.join(recipe.tunes)}  {recipe.paper}")
+        for key, info in recipe.Config.model_fields.items():
+            if key != "tune":
+                typer.echo(f"    system.{key:<18} {_default(info)}")
+        typer.echo("")
+    typer.echo("Every recipe:")
+    for line in _keys(RunConfig, ""):
+        typer.echo(f"    {line}")
+
+
+@data_app.command("check")
+def data_check(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders or globs.")],
+    as_json: AsJson = False,
+    shape: Annotated[str | None, typer.Option("--format", help="Row shape, when it cannot be told.")] = None,
+    domain_key: Annotated[str | None, typer.Option(help="The column that names the domain.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Count tokens with this backbone's tokenizer.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="The limit in tokens.")] = 512,
+) -> None:
+    """Say per domain what is in the data and what is wrong with it; exit code 1 on errors."""
+    from moreward.data.audit import audit, render
+    from moreward.data.load import load_preferences
+
+    loaded = load_preferences(paths, shape=shape, domain_key=domain_key, max_bad_share=1.0)
+    measure = None
+    if backbone:
+        from moreward.data.batches import Encoder
+        from moreward.nn.backbone import load_tokenizer
+
+        measure = Encoder(load_tokenizer(backbone), max_length).measure
+    found = audit(loaded, measure=measure)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else render(found))
+    raise typer.Exit(1 if found.has_errors else 0)
+
+
+def main() -> None:
+    """Entry point. A MorewardError is printed without a traceback; anything else is our bug and keeps it."""
+    try:
+        app()
+    except MorewardError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}" if not line.startswith(" ") else line, err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped; start the same command again to go on", err=True)
+        sys.exit(130)
+
+
+def _load(run: Path, *, truncate: bool, backbone: str | None, device: str = "auto") -> Any:
+    from moreward.scoring import load
+
+    scorer = load(run, backbone=backbone, device=device)
+    if truncate:
+        scorer.on_long = "truncate"
+    return scorer
+
+
+def _load_pairs(data: list[str], domain_key: str | None) -> list[Preference]:
+    from moreward.data.load import load_preferences
+
+    loaded = load_preferences(data, domain_key=domain_key)
+    if loaded.quarantine:
+        typer.echo(f"{len(loaded.quarantine)} rows not used; see: moreward data check", err=True)
+    return loaded.preferences
+
+
+def _evaluate(
+    run: Path, preferences: list[Preference], *, truncate: bool, backbone: str | None, device: str, seed: int = 0
+) -> Result:
+    from moreward.evals.run import evaluate_run
+    from moreward.train.runner import feature_store
+
+    scorer = _load(run, truncate=truncate, backbone=backbone, device=device)
+    store = feature_store(scorer.card["config"]["backbone"], scorer.system.backbones()[0])
+    scorer.keep_features(store)
+    result = evaluate_run(scorer, preferences, seed=seed)
+    store.save()
+    return result
+
+
+def _check_same_pairs(results: dict[str, Result]) -> None:
+    first = next(iter(results.values())).preferences
+    for name, result in results.items():
+        if result.preferences != first:
+            raise MorewardError(f"{name}: fits other pairs than the first run does; use --truncate for all of them")
+
+
+def _say_too_long(result: Result) -> None:
+    if result.too_long:
+        counts = ", ".join(f"{d} {n}" for d, n in sorted(result.too_long.items()))
+        typer.echo(f"left out, longer than the model's limit: {counts} (allow them with --truncate)", err=True)
+
+
+def _keys(model: Any, prefix: str) -> list[str]:
+    from pydantic import BaseModel
+
+    lines = []
+    for name, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines += _keys(inner, f"{name}.")
+        elif name != "system":
+            lines.append(f"{prefix + name:<28} {_default(info)}")
+    return lines
+
+
+def _default(info: Any) -> str:
+    default = "required" if info.is_required() else info.get_default(call_default_factory=True)
+    shown = "" if default in (None, (), "") else f"{default}"
+    return f"{shown:<12} {info.description or ''}".rstrip()

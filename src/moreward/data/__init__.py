@@ -1,0 +1,1 @@
+"""Preference data: files, shapes, checks, splits, batches."""

@@ -1,0 +1,312 @@
+"""Texts to tokens, pairs to batches.
+
+N conversations, B pairs (N = 2B, chosen first), P distinct prompts, T tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moreward.data.audit import PairLengths
+from moreward.data.load import Quarantined
+from moreward.errors import DataError
+from moreward.types import Batch, Conversation, Message, Preference, Text
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+ROLES = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a conversation and of its prompt alone; how many tokens were cut off the conversation."""
+
+    ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    num_dropped: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.num_dropped > 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    preference: Preference
+    chosen: Encoded
+    rejected: Encoded
+    domain: int
+
+    @property
+    def num_tokens(self) -> int:
+        return max(len(self.chosen.ids), len(self.rejected.ids))
+
+
+class Encoder:
+    """A tokenizer with the rules that make its output a reward model's input.
+
+    Turns are rendered with the tokenizer's chat template, plain text as the tokenizer joins a pair (encoders) or
+    prompt + response + eos (decoders, as TRL does). Special tokens written inside a text stay text. What exceeds
+    `max_length` is cut from the start: the prompt goes first, the end of the response stays.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.joins_pairs = tokenizer.sep_token_id is not None and tokenizer.cls_token_id is not None
+        self._specials = sorted((t for t in tokenizer.all_special_tokens if t), key=len, reverse=True)
+        self._ahead: dict[str, list[int]] = {}
+        self._prefix, self._middle, self._suffix = self._frame()
+        num_frame = len(self._prefix) + len(self._middle) + len(self._suffix)
+        if max_length <= num_frame + 1:
+            raise DataError(f"data.max_length: {max_length} leaves no room beside {num_frame} special tokens")
+
+    def conversation(self, item: Conversation) -> Encoded:
+        if not isinstance(item.prompt, str) or not isinstance(item.response, str):
+            if self.has_template:
+                return self._templated(item)
+            item = Conversation(prompt=_as_text(item.prompt), response=_as_text(item.response), id=item.id)
+        prompt, response = self._plain(str(item.prompt)), self._plain(str(item.response))
+        if not self.joins_pairs:
+            eos = self._suffix
+            body = self._plain(f"{item.prompt}{item.response}")
+            body = body[: -len(eos)] if eos and body[-len(eos) :] == eos else body
+            return self._cut(self._prefix, body, eos, prompt)
+        return self._cut_pair(prompt, response)
+
+    def pair(self, preference: Preference) -> tuple[Encoded, Encoded]:
+        return self.conversation(side(preference, "chosen")), self.conversation(side(preference, "rejected"))
+
+    def measure(self, preference: Preference) -> PairLengths:
+        """What the audit wants to know of a pair's tokens."""
+        chosen, rejected = self.pair(preference)
+        texts = " ".join(_as_text(t) for t in (preference.prompt, preference.chosen, preference.rejected))
+        return PairLengths(
+            chosen_tokens=len(chosen.ids) + chosen.num_dropped,
+            rejected_tokens=len(rejected.ids) + rejected.num_dropped,
+            truncated=chosen.truncated or rejected.truncated,
+            identical_after_truncation=chosen.ids == rejected.ids,
+            special_tokens=any(s in texts for s in self._specials),
+        )
+
+    @contextmanager
+    def reading_ahead(self, preferences: Sequence[Preference]) -> Iterator[None]:
+        """Within this context the plain texts of these pairs are known: tokenised together, which is several times
+        faster than one by one."""
+        texts = {t for p in preferences for t in (p.prompt, p.chosen, p.rejected) if isinstance(t, str)}
+        self._ahead = dict(zip(texts, self._tokenise(list(texts)), strict=True)) if self.joins_pairs else {}
+        try:
+            yield
+        finally:
+            self._ahead = {}
+
+    def _plain(self, text: str) -> list[int]:
+        return self._ahead[text] if text in self._ahead else self._tokenise([text])[0]
+
+    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return list(self.tokenizer(texts, **options)["input_ids"])
+
+    def _frame(self) -> tuple[list[int], list[int], list[int]]:
+        """The special tokens that the tokenizer puts before, between and after two texts (or around one)."""
+        first, second = self._plain("one"), self._plain("two")
+        if self.joins_pairs:
+            ids = list(self.tokenizer("one", "two")["input_ids"])
+            a = _find(ids, first, 0)
+            b = _find(ids, second, a + len(first))
+            return ids[:a], ids[a + len(first) : b], ids[b + len(second) :]
+        ids = list(self.tokenizer("one")["input_ids"])
+        a = _find(ids, first, 0)
+        eos = self.tokenizer.eos_token_id
+        return ids[:a], [], ids[a + len(first) :] or ([] if eos is None else [eos])
+
+    def _cut(self, prefix: list[int], body: list[int], suffix: list[int], prompt: list[int]) -> Encoded:
+        room = self.max_length - len(prefix) - len(suffix)
+        dropped = max(0, len(body) - room)
+        ids = [*prefix, *body[dropped:], *suffix]
+        prompt_ids = [*prefix, *prompt[-room:]] or suffix or [self.pad_id]
+        return Encoded(tuple(ids), tuple(prompt_ids), dropped)
+
+    def _cut_pair(self, prompt: list[int], response: list[int]) -> Encoded:
+        room = self.max_length - len(self._prefix) - len(self._middle) - len(self._suffix)
+        cut_response = max(0, len(response) - room)
+        cut_prompt = max(0, len(prompt) - (room - (len(response) - cut_response)))
+        ids = [*self._prefix, *prompt[cut_prompt:], *self._middle, *response[cut_response:], *self._suffix]
+        alone = self.max_length - len(self._prefix) - len(self._suffix)
+        prompt_ids = [*self._prefix, *prompt[max(0, len(prompt) - alone) :], *self._suffix]
+        return Encoded(tuple(ids), tuple(prompt_ids), cut_prompt + cut_response)
+
+    def _templated(self, item: Conversation) -> Encoded:
+        prompt, response = _as_turns(item.prompt, "user"), _as_turns(item.response, "assistant")
+        options: dict[str, Any] = {"tools": item.tools or None, **item.chat_template_kwargs}
+        body = self._rendered([*prompt, *response], options)
+        return self._cut([], body, [], self._rendered(prompt, options) if prompt else [])
+
+    def _rendered(self, turns: Sequence[Message], options: dict[str, Any]) -> list[int]:
+        """Template tokens are special, the same strings inside a turn are not: they travel as placeholders."""
+        hidden: list[str] = []
+        turns = [{**turn, "content": self._hide(str(turn.get("content") or ""), hidden)} for turn in turns]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False, **options)
+        ids: list[int] = []
+        for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+            if i % 2:
+                ids += self._plain(hidden[int(piece)])
+            elif piece:
+                ids += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _hide(self, content: str, hidden: list[str]) -> str:
+        for special in self._specials:
+            while special in content:
+                content = content.replace(special, f"\ue000{len(hidden)}\ue001", 1)
+                hidden.append(special)
+        return content
+
+
+def side(preference: Preference, which: str) -> Conversation:
+    """The chosen or the rejected half of a pair as a conversation."""
+    return Conversation(
+        prompt=preference.prompt,
+        response=preference.chosen if which == "chosen" else preference.rejected,
+        id=preference.name,
+        domain=preference.domain,
+        tools=preference.tools,
+        chat_template_kwargs=preference.chat_template_kwargs,
+    )
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """Pairs ready for training; those that did not get in, with the reason; and how many were cut, by domain."""
+
+    pairs: list[EncodedPair]
+    quarantine: list[Quarantined]
+    num_truncated: dict[str, int]
+
+
+def encode_pairs(
+    encoder: Encoder, preferences: Sequence[Preference], domains: Sequence[str], *, on_long: str
+) -> EncodedSet:
+    """Tokenise pairs. `on_long`: `drop` leaves pairs beyond the limit out, `truncate` cuts them; both are counted.
+
+    A domain that loses all its pairs is a DataError: a mixture without one of its domains is not what was asked for.
+    """
+    index = {domain: i for i, domain in enumerate(domains)}
+    result = EncodedSet([], [], {})
+    with encoder.reading_ahead(preferences):
+        for preference in preferences:
+            chosen, rejected = encoder.pair(preference)
+            truncated = chosen.truncated or rejected.truncated
+            reason = "too_long" if truncated and on_long == "drop" else ""
+            reason = reason or ("identical_after_truncation" if chosen.ids == rejected.ids else "")
+            if reason:
+                result.quarantine.append(_refused(preference, reason, chosen, rejected))
+                continue
+            if truncated:
+                count = result.num_truncated.get(preference.domain, 0)
+                result.num_truncated[preference.domain] = count + 1
+            result.pairs.append(EncodedPair(preference, chosen, rejected, index.get(preference.domain, -1)))
+    emptied = {p.domain for p in preferences} - {p.preference.domain for p in result.pairs}
+    if emptied:
+        raise DataError(
+            f"no pair of domain {', '.join(sorted(emptied))} fits the limit of {encoder.max_length} tokens. "
+            "Raise data.max_length, set data.on_long=truncate, or leave the domain out.\n"
+            + "\n".join(f"  {row}" for row in [q for q in result.quarantine if q.domain in emptied][:5])
+        )
+    return result
+
+
+def _refused(preference: Preference, reason: str, chosen: Encoded, rejected: Encoded) -> Quarantined:
+    file, _, line = preference.source.rpartition(":")
+    sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
+    detail = f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}"
+    return Quarantined(file, int(line) if line.isdigit() else 0, preference.domain, reason, "", detail)
+
+
+def pair_batch(pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
+    """Pairs to one Batch: chosen rows, then rejected rows; every distinct prompt once."""
+    import torch
+
+    encoded = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    domain_B = [p.domain for p in pairs]
+    margins = [p.preference.margin for p in pairs]
+    margin_B = None
+    if any(m is not None for m in margins):
+        margin_B = torch.tensor([m or 0.0 for m in margins], dtype=torch.float32)
+    return _batch(
+        encoded,
+        domain_B + domain_B,
+        pad_id,
+        margin_B=margin_B,
+        is_pairs=True,
+        names=tuple(p.preference.name for p in pairs),
+    )
+
+
+def conversation_batch(encoded: Sequence[Encoded], domains: Sequence[int], pad_id: int) -> Batch:
+    return _batch(encoded, domains, pad_id)
+
+
+def _batch(encoded: Sequence[Encoded], domains: Sequence[int], pad_id: int, **more: Any) -> Batch:
+    import torch
+
+    prompts: dict[tuple[int, ...], int] = {}
+    prompt_of_N = [prompts.setdefault(e.prompt_ids, len(prompts)) for e in encoded]
+    ids_NT, mask_NT = _pad([e.ids for e in encoded], pad_id)
+    prompt_ids_PT, prompt_mask_PT = _pad(list(prompts), pad_id)
+    return Batch(
+        ids_NT=ids_NT,
+        mask_NT=mask_NT,
+        prompt_ids_PT=prompt_ids_PT,
+        prompt_mask_PT=prompt_mask_PT,
+        prompt_of_N=torch.tensor(prompt_of_N),
+        domain_N=torch.tensor(list(domains)),
+        truncated_N=torch.tensor([e.truncated for e in encoded]),
+        **more,
+    )
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    longest = max(len(r) for r in rows)
+    ids_NT = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask_NT = torch.zeros_like(ids_NT)
+    for i, row in enumerate(rows):
+        ids_NT[i, : len(row)] = torch.tensor(row)
+        mask_NT[i, : len(row)] = 1
+    return ids_NT, mask_NT
+
+
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    for i in range(start, len(ids) - len(part) + 1):
+        if ids[i : i + len(part)] == part:
+            return i
+    raise DataError("the tokenizer changes a text when it adds special tokens; such tokenizers are not supported")
+
+
+def _as_turns(text: Text, role: str) -> list[Message]:
+    if isinstance(text, str):
+        return [{"role": role, "content": text}] if text else []
+    return list(text)
+
+
+def _as_text(text: Text) -> str:
+    """Turns as plain text, for tokenizers without a chat template: one user turn stands bare."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return str(text[0].get("content") or "")
+    return "\n\n".join(f"{ROLES.get(str(t['role']), str(t['role']))}: {t.get('content') or ''}" for t in text)

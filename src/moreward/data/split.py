@@ -1,0 +1,57 @@
+"""Train, validation and test sides such that no prompt group stands on two of them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from moreward.errors import ConfigError
+from moreward.types import Preference
+
+
+def split_by_group(
+    preferences: Sequence[Preference], fractions: Mapping[str, float], seed: int
+) -> dict[str, list[Preference]]:
+    """Divide by `prompt_group`, every domain as near to the fractions as whole groups allow.
+
+    Groups come in an order drawn by `seed` and go where their domains lack most rows, so a side gets at most
+    one group more than its share of a domain (groups of several domains aside). Which side a group takes does
+    not depend on the order of the rows, and rows keep their order within a side.
+
+    Raises:
+        ConfigError: fractions that are not positive or do not sum to 1.
+    """
+    _check(fractions)
+    rows_of = _count_domains(preferences)
+    groups = sorted(rows_of)
+    random.Random(seed).shuffle(groups)
+    totals = Counter(p.domain for p in preferences)
+    lacking = {side: {d: share * n for d, n in totals.items()} for side, share in fractions.items()}
+    side_of = {}
+    for group in groups:
+        side = max(fractions, key=lambda name: sum(n * lacking[name][d] for d, n in rows_of[group].items()))
+        side_of[group] = side
+        for domain, n in rows_of[group].items():
+            lacking[side][domain] -= n
+    sides: dict[str, list[Preference]] = {side: [] for side in fractions}
+    for preference in preferences:
+        sides[side_of[preference.prompt_group]].append(preference)
+    return sides
+
+
+def _check(fractions: Mapping[str, float]) -> None:
+    shown = dict(fractions)
+    if not all(share > 0 for share in fractions.values()):
+        raise ConfigError(f"split: every fraction must be greater than 0 (got {shown})")
+    if not math.isclose(sum(fractions.values()), 1.0, abs_tol=1e-6):
+        raise ConfigError(f"split: fractions must sum to 1 (got {shown})")
+
+
+def _count_domains(preferences: Sequence[Preference]) -> dict[str, Counter[str]]:
+    """Rows by domain of each group."""
+    rows_of: dict[str, Counter[str]] = {}
+    for preference in preferences:
+        rows_of.setdefault(preference.prompt_group, Counter())[preference.domain] += 1
+    return rows_of

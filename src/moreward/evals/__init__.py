@@ -1,0 +1,1 @@
+"""How good a system is, and whether it beats another."""

@@ -1,0 +1,68 @@
+"""Evaluate a trained run on preference pairs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moreward.data.batches import side
+from moreward.errors import DataError
+from moreward.evals.accuracy import Correct, Cost, Evaluation, correct_pairs, evaluate
+from moreward.evals.routing import RoutingReport, routing_report
+from moreward.scoring import Scorer
+from moreward.types import Preference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One system's evaluation; `correct[i]` belongs to `preferences[i]`. `too_long` counts pairs left out."""
+
+    preferences: list[Preference]
+    evaluation: Evaluation
+    routing: RoutingReport
+    correct: Correct
+    too_long: Mapping[str, int]
+
+
+def evaluate_run(scorer: Scorer, preferences: Sequence[Preference], *, seed: int = 0) -> Result:
+    """Score both sides of every pair under the router, an oracle and a random router, and measure.
+
+    Pairs beyond the model's limit are left out and counted per domain, unless the run truncates.
+    """
+    kept, too_long = within_limit(scorer, preferences)
+    started = time.monotonic()
+    items = [side(p, which) for p in kept for which in ("chosen", "rejected")]
+    routed = scorer.score_routes(items, seed=seed)
+    seconds = time.monotonic() - started
+    chosen, rejected = routed[::2], routed[1::2]
+    cost = Cost(
+        parameters_stored=scorer.system.num_parameters(),
+        parameters_active=scorer.system.num_active_parameters(),
+        seconds=seconds,
+        num_pairs=len(kept),
+    )
+    return Result(
+        preferences=kept,
+        evaluation=evaluate(kept, chosen, rejected, experts=scorer.experts, cost=cost),
+        routing=routing_report(kept, chosen, rejected, experts=scorer.experts),
+        correct=correct_pairs(chosen, rejected),
+        too_long=too_long,
+    )
+
+
+def within_limit(scorer: Scorer, preferences: Sequence[Preference]) -> tuple[list[Preference], dict[str, int]]:
+    """The pairs that fit, and how many of each domain do not. DataError when a domain is left with none."""
+    if scorer.on_long == "truncate":
+        return list(preferences), {}
+    fits = [not any(e.truncated for e in scorer.encoder.pair(p)) for p in preferences]
+    kept = [p for p, ok in zip(preferences, fits, strict=True) if ok]
+    too_long = Counter(p.domain for p, ok in zip(preferences, fits, strict=True) if not ok)
+    empty = set(too_long) - {p.domain for p in kept}
+    if empty:
+        raise DataError(
+            f"domains {sorted(empty)} have no pair within {scorer.encoder.max_length} tokens. Allow truncation "
+            "(--truncate)."
+        )
+    return kept, dict(too_long)

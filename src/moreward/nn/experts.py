@@ -1,0 +1,179 @@
+"""Experts: what turns a conversation into one standardised reward.
+
+Every bank of experts is called as `experts(batch, expert_N)`: row n is judged by expert `expert_N[n]`.
+N conversations, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from moreward.nn.backbone import Backbone
+from moreward.types import Batch, Rewards
+
+Experts = TypeVar("Experts", bound=nn.Module)
+
+
+class RewardHead(nn.Module):
+    """`linear`: Linear(D, 1), the layer of a `*ForSequenceClassification`; `mlp`: one hidden layer more, for frozen
+    vectors that a linear map reads badly. Always float32: bf16 rewards have too few digits to be subtracted."""
+
+    def __init__(self, size: int, kind: str = "linear") -> None:
+        super().__init__()
+        last = nn.Linear(size, 1)
+        nn.init.normal_(last.weight, std=0.02)
+        nn.init.zeros_(last.bias)
+        hidden = [nn.Linear(size, size), nn.GELU(), nn.Dropout(0.1)] if kind == "mlp" else []
+        self.layers = nn.Sequential(*hidden, last)
+
+    @property
+    def last(self) -> nn.Linear:
+        return cast(nn.Linear, self.layers[-1])
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return self.layers(hidden_ND.float()).squeeze(-1)  # type: ignore[no-any-return]
+
+
+class Standardize(nn.Module):
+    """Gives an expert a zero and a unit: z = (r - mean) / std over a reference set.
+
+    Bradley-Terry fixes reward differences only, so two experts trained apart agree on neither.
+    """
+
+    mean: Tensor
+    std: Tensor
+    num: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("std", torch.ones((), dtype=torch.float64))
+        self.register_buffer("num", torch.zeros((), dtype=torch.long))
+
+    def reset(self) -> None:
+        """Back to raw rewards."""
+        self.mean.zero_()
+        self.std.fill_(1.0)
+
+    def fit(self, reward_N: Tensor) -> None:
+        """Take mean and standard deviation (population) of raw rewards; a constant expert keeps unit 1."""
+        reward_N = reward_N.double()
+        std = reward_N.std(correction=0)
+        self.mean.copy_(reward_N.mean())
+        self.std.copy_(std if std > 1e-6 else torch.ones_like(std))
+        self.num.fill_(len(reward_N))
+
+    def forward(self, reward_N: Tensor) -> Tensor:
+        return (reward_N - self.mean.to(reward_N.dtype)) / self.std.to(reward_N.dtype)
+
+
+class SoloExpert(nn.Module):
+    """A whole reward model: backbone, head, zero and unit."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.standardize = Standardize()
+
+    def forward(self, batch: Batch) -> Rewards:
+        hidden_ND = self.backbone(batch.ids_NT, batch.mask_NT)
+        return Rewards(reward_N=self.standardize(self.head(hidden_ND)))
+
+
+class SeparateExperts(nn.Module):
+    """One whole reward model per expert (RODOS). Rows are sent to theirs in groups."""
+
+    def __init__(self, experts: Mapping[str, SoloExpert]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict(dict(experts))
+
+    def forward(self, batch: Batch, expert_N: Tensor) -> Tensor:
+        reward_N = batch.ids_NT.new_zeros(len(expert_N), dtype=torch.float32)
+        for e, expert in enumerate(self.experts.values()):
+            index = (expert_N == e).nonzero().squeeze(-1)
+            if len(index):
+                reward_N = reward_N.index_put((index,), expert(batch.rows(index)).reward_N.to(reward_N.dtype))
+        return reward_N
+
+    def expert(self, name: str) -> SoloExpert:
+        return cast(SoloExpert, self.experts[name])
+
+
+class AdapterExperts(nn.Module):
+    """One adapter and one head per expert on a shared backbone (ARLISS). One forward, an adapter per row.
+
+    Adapter e of the backbone's bank belongs to head e. A frozen backbone has no bank: then an expert is its head.
+    """
+
+    def __init__(self, backbone: Backbone, heads: Mapping[str, RewardHead]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(dict(heads))
+        self.standardize = nn.ModuleDict({name: Standardize() for name in heads})
+
+    def forward(self, batch: Batch, expert_N: Tensor) -> Tensor:
+        adapter_N = None if self.backbone.bank is None else expert_N
+        hidden_ND = self.backbone(batch.ids_NT, batch.mask_NT, adapter_N)
+        reward_N: Tensor = hidden_ND.new_zeros(len(expert_N))
+        for e, (name, head) in enumerate(self.heads.items()):
+            index = (expert_N == e).nonzero().squeeze(-1)
+            if len(index):
+                z = self.standardize[name](head(hidden_ND[index]))
+                reward_N = reward_N.index_put((index,), z.to(reward_N.dtype))
+        return reward_N
+
+    def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
+        """Head, zero and unit by the name of the adapter they belong to."""
+        if self.backbone.bank is None:
+            return {}
+        return {name: (self.head(name), self.standardizer(name)) for name in self.heads}
+
+    def head(self, name: str) -> RewardHead:
+        return cast(RewardHead, self.heads[name])
+
+    def standardizer(self, name: str) -> Standardize:
+        return cast(Standardize, self.standardize[name])
+
+
+class OneExpert(nn.Module, Generic[Experts]):
+    """Expert `index` of a bank as a module of its own: what one stage trains."""
+
+    experts: Experts
+
+    def __init__(self, experts: Experts, index: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.index = index
+
+    def forward(self, batch: Batch) -> Rewards:
+        expert_N = batch.ids_NT.new_full((len(batch),), self.index)
+        return Rewards(reward_N=self.experts(batch, expert_N))
+
+
+class FeedForwardExperts(nn.Module):
+    """E feed-forward networks Linear(D, width) → activation → Linear(width, D), used sparsely.
+
+    Each expert has parameters of its own rather than a slice of a stack: a loop over a stacked parameter zero-fills
+    the whole stack once per expert in the backward pass.
+    """
+
+    def __init__(self, num_experts: int, size: int, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, size)) for _ in range(num_experts)
+        )
+
+    def forward(self, hidden_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Σ_k weights_NK[:, k] · expert(hidden). Rows that do not use an expert do not pass through it."""
+        mixed_ND = torch.zeros_like(hidden_ND)
+        for e, expert in enumerate(self.experts):
+            row, place = (experts_NK == e).nonzero(as_tuple=True)
+            if len(row):
+                mixed_ND = mixed_ND.index_add(0, row, expert(hidden_ND[row]) * weights_NK[row, place].unsqueeze(-1))
+        return mixed_ND

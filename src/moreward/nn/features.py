@@ -1,0 +1,113 @@
+"""What a frozen backbone says of a text, computed once and kept, in memory and on disk.
+
+A vector depends on its own text alone, to the bit: every forward has one of a few fixed shapes (32 rows, lengths in
+steps of 32, empty places filled), so it does not matter which texts are computed together or in which run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moreward.nn.backbone import Backbone
+
+ROWS = 32
+STEP = 32
+Progress = Callable[[int, int], None]
+
+
+def cache_folder() -> Path:
+    """Where features are kept: `$MOREWARD_CACHE`, else `~/.cache/moreward`."""
+    return Path(os.environ.get("MOREWARD_CACHE", Path.home() / ".cache" / "moreward"))
+
+
+class FeatureStore:
+    """Hidden vectors by token ids. `folder` None keeps them in memory only."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._vectors: dict[bytes, Tensor] = {}
+        self._unsaved: list[bytes] = []
+        if folder is not None:
+            self._read(folder)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def hidden(self, backbone: Backbone, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        """`hidden_ND` of the rows, computing those that are not known yet."""
+        texts = [ids[mask.bool()].tolist() for ids, mask in zip(ids_NT.cpu(), mask_NT.cpu(), strict=True)]
+        self.compute(backbone, texts)
+        return torch.stack([self._vectors[_key(text)] for text in texts]).to(ids_NT.device)
+
+    def compute(self, backbone: Backbone, texts: Iterable[list[int]], progress: Progress | None = None) -> int:
+        """Make sure of the vectors of these token id lists; returns how many were computed."""
+        missing = {key: text for text in texts if (key := _key(text)) not in self._vectors}
+        by_length: dict[int, list[bytes]] = {}
+        for key, text in missing.items():
+            by_length.setdefault(-(-len(text) // STEP) * STEP, []).append(key)
+        num_done = 0
+        for length in sorted(by_length):
+            keys = by_length[length]
+            for start in range(0, len(keys), ROWS):
+                chunk = keys[start : start + ROWS]
+                self._compute_chunk(backbone, chunk, [missing[k] for k in chunk], length)
+                num_done += len(chunk)
+                if progress is not None:
+                    progress(num_done, len(missing))
+                if len(self._unsaved) >= 4096:
+                    self.save()
+        return num_done
+
+    @torch.no_grad()
+    def _compute_chunk(self, backbone: Backbone, keys: list[bytes], texts: list[list[int]], length: int) -> None:
+        device = next(backbone.parameters()).device
+        ids_NT = torch.zeros((ROWS, length), dtype=torch.long)
+        mask_NT = torch.zeros_like(ids_NT)
+        mask_NT[:, 0] = 1  # an empty place still needs one token to attend to
+        for row, text in enumerate(texts):
+            ids_NT[row, : len(text)] = torch.tensor(text)
+            mask_NT[row, : len(text)] = 1
+        was_training = backbone.training
+        hidden_ND = backbone.eval().encode(ids_NT.to(device), mask_NT.to(device)).cpu()
+        backbone.train(was_training)
+        for key, hidden_D in zip(keys, hidden_ND, strict=False):
+            self._vectors[key] = hidden_D.clone()
+        self._unsaved += keys
+
+    def save(self) -> None:
+        """Write what is new as one more file; a file appears whole or not at all."""
+        if self.folder is None or not self._unsaved:
+            return
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keys, self._unsaved = self._unsaved, []
+        name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
+        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        tensors = {"hidden_ND": torch.stack([self._vectors[k] for k in keys])}
+        save_file(tensors, temporary, metadata={"keys": json.dumps([k.hex() for k in keys])})
+        temporary.replace(self.folder / f"{name}.safetensors")
+
+    def _read(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    keys = [bytes.fromhex(k) for k in json.loads(file.metadata()["keys"])]
+                    self._vectors.update(zip(keys, file.get_tensor("hidden_ND"), strict=True))
+            except SafetensorError:
+                path.unlink()  # a damaged cache file costs only the time to compute it again
+
+
+def _key(text: list[int]) -> bytes:
+    return hashlib.blake2b(torch.tensor(text, dtype=torch.int32).numpy().tobytes(), digest_size=16).digest()

@@ -1,0 +1,180 @@
+"""Many LoRA adapters on one backbone, a different one for each row of a batch.
+
+N rows, T tokens, R rank. The backbone keeps its own modules and tensor names: the bank adds each adapter's product
+to the output of the linear layers it targets. No switching, nothing to undo, differentiable.
+LoRA: arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moreward.errors import ConfigError
+from moreward.nn.backbone import Backbone, linear_names
+
+
+@dataclass(frozen=True)
+class _Rows:
+    adapters: list[str]
+    slot_N: Tensor
+
+
+class Adapter(nn.Module):
+    """One adapter: for each target module `A` (R, in) and `B` (out, R). `B` starts at zero."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> None:
+        super().__init__()
+        self.A = nn.ParameterDict()
+        self.B = nn.ParameterDict()
+        generator = torch.Generator().manual_seed(seed)
+        for name, (num_in, num_out) in shapes.items():
+            bound = 1 / math.sqrt(num_in)
+            A_RI = (torch.rand(rank, num_in, generator=generator) * 2 - 1) * bound
+            self.A[parameter_key(name)] = nn.Parameter(A_RI)
+            self.B[parameter_key(name)] = nn.Parameter(torch.zeros(num_out, rank))
+
+
+class LoRABank(nn.Module):
+    """All the adapters of a backbone. `backbone(ids, mask, adapter_N)` uses adapter `adapter_N[n]` for row n.
+
+    `targets` are suffixes of module names (`query_proj`), or None for every linear layer of the backbone;
+    `top_layers` keeps only those in the last so many layers.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        targets: Sequence[str] | None = None,
+        top_layers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.rank, self.alpha, self.seed = rank, alpha, seed
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.adapters = nn.ModuleDict()
+        self.shapes = _target_shapes(backbone, targets, top_layers)
+        self._rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
+        self.mixes_rows = _every_input_is_per_row(backbone, self.shapes)
+        for name in self.shapes:
+            backbone.model.get_submodule(name).register_forward_hook(self._hook(name))
+        backbone.bank = self
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.adapters)
+
+    def add(self, name: str) -> Adapter:
+        """A new adapter. Its start depends on its name and the seed alone, not on which others exist."""
+        if name in self.adapters:
+            raise ConfigError(f"adapter {name!r} exists already")
+        adapter = Adapter(self.shapes, self.rank, seed=zlib.crc32(f"{self.seed}/{name}".encode()))
+        self.adapters[name] = adapter.to(next(iter(self.parameters()), torch.empty(0)).device)
+        return adapter
+
+    @contextmanager
+    def using(self, adapter_N: Tensor) -> Iterator[None]:
+        """Within this context row n of every forward through the backbone meets adapter `adapter_N[n]`."""
+        present, slot_N = adapter_N.unique(return_inverse=True)
+        names = self.names
+        token = self._rows.set(_Rows([names[i] for i in present.tolist()], slot_N))
+        try:
+            yield
+        finally:
+            self._rows.reset(token)
+
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+        key = parameter_key(name)
+
+        def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            rows = self._rows.get()
+            return output if rows is None else output + self._delta(key, self.dropout(inputs[0]), rows)
+
+        return add_delta
+
+    def _delta(self, key: str, x: Tensor, rows: _Rows) -> Tensor:
+        chosen = [self.adapters[name] for name in rows.adapters]
+        if len(chosen) == 1:
+            return F.linear(F.linear(x, chosen[0].A[key]), chosen[0].B[key]) * self.scale  # type: ignore[index]
+        A_NRI = torch.stack([adapter.A[key] for adapter in chosen])[rows.slot_N]  # type: ignore[index]
+        B_NOR = torch.stack([adapter.B[key] for adapter in chosen])[rows.slot_N]  # type: ignore[index]
+        x_NTI = x.unsqueeze(1) if x.dim() == 2 else x
+        delta_NTO = x_NTI @ A_NRI.mT @ B_NOR.mT * self.scale
+        return delta_NTO.squeeze(1) if x.dim() == 2 else delta_NTO
+
+    def merged_delta(self, adapter: str, module: str) -> Tensor:
+        """The product that `adapter` adds to the weight of `module`, shape (out, in): scale · B A."""
+        weights = self.adapters[adapter]
+        return self.scale * weights.B[parameter_key(module)] @ weights.A[parameter_key(module)]  # type: ignore[index]
+
+
+def parameter_key(module_name: str) -> str:
+    """The name under which an adapter keeps the matrices of a module."""
+    return module_name.replace(".", "/")  # a dot may not stand in the name of a parameter
+
+
+def _target_shapes(
+    backbone: Backbone, targets: Sequence[str] | None, top_layers: int | None
+) -> dict[str, tuple[int, int]]:
+    """(in, out) of every targeted linear layer."""
+    names = linear_names(backbone.model)
+    if targets is not None:
+        unknown = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if unknown:
+            ends = sorted({n.rsplit(".", 1)[-1] for n in names})
+            raise ConfigError(f"system.targets: {unknown} match no linear layer. This backbone has: {', '.join(ends)}.")
+        names = [n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)]
+    if top_layers is not None:
+        names = _in_top_layers(names, top_layers)
+    return {n: _in_out(backbone.model.get_submodule(n)) for n in names}
+
+
+def _in_top_layers(names: list[str], top_layers: int) -> list[str]:
+    """Modules of the last `top_layers` numbered layers, and those above all layers (a pooler)."""
+    number_of = {n: int(match[1]) for n in names if (match := re.search(r"\.(\d+)\.", n))}
+    num_layers = max(number_of.values(), default=-1) + 1
+    if top_layers > num_layers:
+        raise ConfigError(f"system.adapter_layers: the backbone has {num_layers} layers (got {top_layers})")
+    return [n for n in names if number_of.get(n, num_layers) >= num_layers - top_layers]
+
+
+def _in_out(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    num_in, num_out = module.weight.shape  # type: ignore[misc]
+    return int(num_in), int(num_out)
+
+
+def _every_input_is_per_row(backbone: Backbone, shapes: dict[str, tuple[int, int]]) -> bool:
+    """False for DeBERTa, whose position table goes through the same query and key layers once for the whole batch:
+    there rows are grouped by adapter."""
+    device = next(backbone.parameters()).device
+    if device.type == "meta":
+        return False
+    num_rows, seen = 3, []
+    hooks = [
+        backbone.model.get_submodule(n).register_forward_pre_hook(lambda _m, x: seen.append(x[0].shape[0]))
+        for n in shapes
+    ]
+    was_training = backbone.training
+    ids_NT = torch.ones((num_rows, 5), dtype=torch.long, device=device)
+    with torch.no_grad():
+        backbone.eval().encode(ids_NT, torch.ones_like(ids_NT))
+    backbone.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return all(n == num_rows for n in seen)

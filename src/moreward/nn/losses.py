@@ -1,0 +1,96 @@
+"""What a stage minimises, and what it counts as right.
+
+B pairs (the units that losses are averaged over), N conversations (N = 2B, chosen first), P prompts, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moreward.errors import NonFiniteError
+from moreward.types import Batch, Rewards, Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One value per pair: its loss, whether it was right, whether it was tied, its domain.
+
+    `extra` is added to the mean loss: a balance loss, already weighted.
+    """
+
+    loss_B: Tensor
+    right_B: Tensor
+    tie_B: Tensor
+    domain_B: Tensor
+    extra: Tensor | None = None
+
+
+class Objective(Protocol):
+    @property
+    def name(self) -> str:
+        """What the share of right pairs is called in the metrics."""
+
+    def __call__(self, output: Any, batch: Batch) -> Outcome: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseLoss:
+    """Bradley-Terry: -log σ(r_chosen - r_rejected - margin), computed by logsigmoid so that it cannot overflow.
+
+    `label_smoothing` ε mixes in the flipped pair with weight ε. `centering` adds centering · (r_c + r_j)² (Eisenstein
+    et al., arXiv 2312.09244), which fixes the zero that differences leave free. A pair of equal rewards is a tie:
+    wrong, and counted.
+    """
+
+    label_smoothing: float = 0.0
+    centering: float = 0.0
+    name: str = "accuracy"
+
+    def __call__(self, output: Rewards, batch: Batch) -> Outcome:
+        delta_B = output.chosen_B - output.rejected_B
+        raw_B = delta_B if batch.margin_B is None else delta_B - batch.margin_B.to(delta_B.dtype)
+        eps = self.label_smoothing
+        loss_B = -(1 - eps) * F.logsigmoid(raw_B) - (eps * F.logsigmoid(-raw_B) if eps else 0.0)
+        if self.centering:
+            loss_B = loss_B + self.centering * (output.chosen_B + output.rejected_B).square()
+        return Outcome(
+            loss_B=loss_B,
+            right_B=delta_B > 0,
+            tie_B=delta_B == 0,
+            domain_B=batch.domain_N[: len(delta_B)],
+            extra=output.aux_loss,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainLoss:
+    """Cross-entropy of a router's logits against the domain of each pair's prompt; pairs without one weigh nothing."""
+
+    name: str = "router_accuracy"
+
+    def __call__(self, output: Routing, batch: Batch) -> Outcome:
+        num_pairs = len(batch) // 2
+        domain_B = batch.domain_N[:num_pairs]
+        logits_BE = output.logits_NE[batch.prompt_of_N[:num_pairs]]
+        known_B = domain_B >= 0
+        loss_B = F.cross_entropy(logits_BE, domain_B.clamp(min=0), reduction="none") * known_B
+        right_B = (logits_BE.argmax(-1) == domain_B) & known_B
+        return Outcome(loss_B=loss_B, right_B=right_B, tie_B=torch.zeros_like(right_B), domain_B=domain_B)
+
+
+def refuse_non_finite(outcome: Outcome, batch: Batch, where: str) -> None:
+    """Raise NonFiniteError naming the rows whose loss is NaN or Inf, before anything learns from them."""
+    total = outcome.loss_B.sum() if outcome.extra is None else outcome.loss_B.sum() + outcome.extra
+    if bool(torch.isfinite(total)):
+        return
+    bad = (~torch.isfinite(outcome.loss_B)).nonzero().flatten().tolist()
+    rows = [batch.names[i] for i in bad if i < len(batch.names)] or list(batch.names)
+    raise NonFiniteError(
+        f"{where}: the loss is not finite; weights are as before this step. Rows: {', '.join(rows[:10])}"
+        + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+    )

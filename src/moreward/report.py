@@ -1,0 +1,471 @@
+"""Evaluations as tables and sentences, for the terminal and as Markdown.
+
+Both forms come from one `Table` and one list of sentences, so they cannot tell different stories. Shares are in per
+cent, differences in points.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Protocol
+
+from moreward.evals.accuracy import CHANCE, SATURATED, Cost, Evaluation, Measures
+from moreward.evals.compare import Comparison, Difference
+from moreward.evals.routing import RoutingReport
+
+WIDTH = 100
+_MISSING = "-"
+_SYSTEMS_PER_TABLE = 4
+_EXPERTS_PER_LINE = 4
+_CELL_WIDTH = 16
+
+
+class ExtensionSide(Protocol):
+    """One side of a before-and-after table."""
+
+    @property
+    def evaluation(self) -> Evaluation: ...
+    @property
+    def routing(self) -> RoutingReport: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A title, where `\\n` breaks the line, and one cell per row; words stand left and may fold."""
+
+    title: str
+    cells: Sequence[str]
+    is_words: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns of equal length. The rows from `num_domains` on are means."""
+
+    columns: Sequence[Column]
+    num_domains: int
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        return list(zip(*(column.cells for column in self.columns), strict=True))
+
+
+# ---- one system ------------------------------------------------------------------------------------------------
+
+
+def render_evaluation(
+    evaluation: Evaluation, routing: RoutingReport, comparison: Comparison | None = None, *, name: str = ""
+) -> str:
+    """One system for the terminal, 100 columns wide: the verdict, the table, then what lies behind it.
+
+    The baseline of `comparison` is the single model of the same budget: the caller answers for its budget, and its
+    name is printed. Without a comparison the report says that it cannot tell whether the system helps. `name` says
+    which system of `comparison` this is; it may be left out where there is only one. Raises ValueError if the
+    comparison is not of these rows.
+    """
+    table = evaluation_table(evaluation, routing, comparison, name=name)
+    return terminal_text([verdict(comparison, name=name)], [table], notes(evaluation, routing))
+
+
+def markdown_evaluation(
+    evaluation: Evaluation, routing: RoutingReport, comparison: Comparison | None = None, *, name: str = ""
+) -> str:
+    """What `render_evaluation` says, as Markdown."""
+    table = evaluation_table(evaluation, routing, comparison, name=name)
+    return markdown_text([verdict(comparison, name=name)], [table], notes(evaluation, routing))
+
+
+def evaluation_table(
+    evaluation: Evaluation, routing: RoutingReport, comparison: Comparison | None = None, *, name: str = ""
+) -> Table:
+    """A row per domain, then the means over domains, over domains without a flag, and over pairs."""
+    rows = _rows(evaluation, routing, comparison, name)
+    columns = [
+        Column("domain", [row.label for row in rows], is_words=True),
+        Column("pairs", [f"{row.measures.num_pairs:,}" for row in rows]),
+        Column("accuracy, 95%", [_with_interval(row.measures) for row in rows]),
+        Column("single\nmodel", [_percent(row.single) for row in rows]),
+        Column("gain", [_points(row.measures.accuracy, row.single) for row in rows]),
+        Column("longer\nrule", [_percent(row.measures.longer_rule) for row in rows]),
+        Column("router\nright", [_percent(row.router) for row in rows]),
+        Column("oracle\nrouter", [_percent(row.measures.oracle) for row in rows]),
+        Column("random\nrouter", [_percent(row.measures.random) for row in rows]),
+        Column("notes", [", ".join((*_found(row.test), *row.measures.flags)) for row in rows], is_words=True),
+    ]
+    told = [column for column in columns if set(column.cells) - {_MISSING, ""}]
+    return Table(told, num_domains=len(evaluation.domains))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """A line of the table: `single` is the single model's accuracy, `router` how often the router was right."""
+
+    label: str
+    measures: Measures
+    single: float | None
+    router: float | None
+    test: Difference | None = None
+
+
+def _rows(evaluation: Evaluation, routing: RoutingReport, comparison: Comparison | None, name: str) -> list[_Row]:
+    name = _name_in(comparison, name)
+    _check_same_rows(evaluation, comparison, name)
+    single = comparison.accuracy[comparison.baseline] if comparison else {}
+    tests = comparison.domains[name] if comparison else {}
+    right = routing.domain_accuracy
+    rows = [
+        _Row(label=_plain(d), measures=m, single=single.get(d), router=right.get(d), test=tests.get(d))
+        for d, m in evaluation.domains.items()
+    ]
+    every = dict.fromkeys(evaluation.domains, 1)
+    kept = {d: 1 for d, m in evaluation.domains.items() if not m.flags}
+    pairs = {d: m.num_pairs for d, m in evaluation.domains.items()}
+    rows.append(
+        _Row(
+            label="mean of domains",
+            measures=evaluation.macro,
+            single=_mean(single, every),
+            router=_mean(right, every),
+            test=comparison.macro[name] if comparison else None,
+        )
+    )
+    if evaluation.unflagged is not None and len(kept) < len(every):
+        found = _mean(single, kept), _mean(right, kept)
+        rows.append(_Row(label="without flagged", measures=evaluation.unflagged, single=found[0], router=found[1]))
+    return [*rows, _Row(label="mean of pairs", measures=evaluation.micro, single=_mean(single, pairs), router=None)]
+
+
+def _mean(values: Mapping[str, float | None], weights: Mapping[str, int]) -> float | None:
+    """None as soon as a domain has no value."""
+    parts = [(values.get(domain), weight) for domain, weight in weights.items()]
+    known = [value * weight for value, weight in parts if value is not None]
+    return sum(known) / sum(weights.values()) if len(known) == len(parts) else None
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------
+
+
+def verdict(comparison: Comparison | None, *, name: str = "") -> str:
+    """In plain words: does the system beat the single model of the same budget, where, and in the mean?"""
+    if comparison is None:
+        return (
+            "No verdict: no single model of the same budget was given, so nothing here shows that a mixture helps. "
+            "Train one on the same pairs and compare."
+        )
+    name = _name_in(comparison, name)
+    by_domain, mean = comparison.domains[name], comparison.macro[name]
+    better = [domain for domain, one in by_domain.items() if one.verdict == "better"]
+    worse = [domain for domain, one in by_domain.items() if one.verdict == "worse"]
+    return (
+        f"{_plain(name)} is better than the single model of the same budget ({_plain(comparison.baseline)}) in "
+        f"{len(better)} of {_count(len(by_domain), 'domain')}{_listed(better)}, worse in {len(worse)}{_listed(worse)}, "
+        f"no difference shown in {len(by_domain) - len(better) - len(worse)}. "
+        f"{_mean_words(mean)} {_bottom_line(mean, better, worse)}"
+    )
+
+
+def _mean_words(mean: Difference) -> str:
+    found = "no difference shown" if mean.verdict == "no difference shown" else f"it is {mean.verdict}"
+    low, high = 100 * mean.interval.low, 100 * mean.interval.high
+    return (
+        f"On the mean of domains {found}: {100 * mean.difference:+.1f} points [{low:+.1f}, {high:+.1f}], "
+        f"p {_p(mean.p_holm)} after Holm's correction."
+    )
+
+
+def _bottom_line(mean: Difference, better: Sequence[str], worse: Sequence[str]) -> str:
+    if mean.verdict == "worse":
+        return "Overall the single model is the better choice."
+    if mean.verdict == "better":
+        return "Overall it helps, though not everywhere." if worse else "Overall it helps."
+    if better and worse:
+        return "It helps in some domains and hurts in others; overall neither is shown."
+    if better:
+        return "It helps in some domains; overall that is not shown."
+    return "So these pairs do not show that it helps; the interval says how large a gain they could have missed."
+
+
+# ---- what stands below the table -------------------------------------------------------------------------------
+
+
+def notes(evaluation: Evaluation, routing: RoutingReport) -> list[str]:
+    """Cost, router, ties, truncation, calibration and the meaning of flags; four spaces open a line of detail."""
+    micro, macro = evaluation.micro, evaluation.macro
+    tied = [f"{domain} {m.num_ties:,}" for domain, m in evaluation.domains.items() if m.num_ties]
+    cut = [f"{domain} {m.num_truncated:,}" for domain, m in evaluation.domains.items() if m.num_truncated]
+    num_pairs = _count(micro.num_pairs, "pair")
+    return [
+        _cost_words(evaluation.cost),
+        *_router_words(routing),
+        f"Ties: equal rewards in {micro.num_ties:,} of {num_pairs}, counted as wrong{_listed(tied)}.",
+        f"Truncated: a response cut short in {micro.num_truncated:,} of {num_pairs}{_listed(cut)}.",
+        f"Calibration, mean of domains: Brier {macro.brier:.3f} (0.250 for always saying .5), calibration error "
+        f"{100 * macro.ece:.1f} points; margin {macro.margin:.2f}, spread {macro.margin_spread:.2f}.",
+        f"Intervals: 95%, clustered by prompt ({_count(micro.num_groups, 'group')}, {num_pairs}).",
+        *_length_words(evaluation),
+        *_flag_words(evaluation),
+    ]
+
+
+def _cost_words(cost: Cost | None) -> str:
+    if cost is None:
+        return "Cost: not measured."
+    return (
+        f"Cost: {_size(cost.parameters_stored)} parameters stored, {_size(cost.parameters_active)} active; "
+        f"{1000 * cost.seconds / cost.num_pairs:,.1f} ms a pair ({cost.num_pairs:,} pairs in {cost.seconds:,.1f} s)."
+    )
+
+
+def _router_words(routing: RoutingReport) -> list[str]:
+    if not routing.experts:
+        return ["Router: the system has no named experts."]
+    homeless = routing.domains_without_expert
+    num_prompts = sum(number for domain, number in routing.num_prompts.items() if domain not in homeless)
+    right = "no domain has an expert of its name"
+    if routing.accuracy is not None:
+        right = f"{_percent(routing.accuracy)}% of {_count(num_prompts, 'prompt')} went to the expert of their domain"
+    split = f"the two responses went to different experts in {_percent(routing.split_share)}% of pairs"
+    found = [f"Router: {right}; {split}. Where the prompts went:"]
+    found += [f"    {_plain(domain)}: to {_shares(row)}" for domain, row in routing.confusion.items()]
+    found.append(f"    all domains: to {_shares(routing.share)}")
+    if homeless and routing.accuracy is not None:
+        found.append(f"No expert of their own: {', '.join(map(_plain, homeless))}.")
+    return found
+
+
+def _shares(weight: Mapping[str, float]) -> str:
+    """The most used experts in per cent, the others together."""
+    total = sum(weight.values())
+    used = sorted(((-w / total, expert) for expert, w in weight.items() if w > 0))
+    parts = [f"{_plain(expert)} {_percent(-share)}%" for share, expert in used[:_EXPERTS_PER_LINE]]
+    if rest := used[_EXPERTS_PER_LINE:]:
+        parts.append(f"{_count(len(rest), 'other')} {_percent(-sum(share for share, _ in rest))}%")
+    return ", ".join(parts)
+
+
+def _length_words(evaluation: Evaluation) -> list[str]:
+    beaten = [d for d, m in evaluation.domains.items() if max(m.longer_rule, 1 - m.longer_rule) >= m.accuracy]
+    if not beaten:
+        return []
+    return [f"Length alone does as well: always taking the longer, or the shorter, response{_listed(beaten)}."]
+
+
+def _flag_words(evaluation: Evaluation) -> list[str]:
+    raised = {flag for measures in evaluation.domains.values() for flag in measures.flags}
+    meaning = {CHANCE: "the interval contains 50%", SATURATED: "99% or more are right"}
+    found = [f"{flag}: {what}" for flag, what in meaning.items() if flag in raised]
+    if not found:
+        return []
+    words = f"Flags: {'; '.join(found)}. Such domains hardly tell one system from another."
+    return [words if evaluation.unflagged else f"{words} Every domain is flagged."]
+
+
+# ---- several systems -------------------------------------------------------------------------------------------
+
+
+def render_systems(evaluations: Mapping[str, Evaluation], comparison: Comparison | None = None) -> str:
+    """Several systems side by side for the terminal; more than four stand in several tables.
+
+    With a `comparison`, `▲` marks a system that is better than its baseline and `▼` one that is worse; no mark means
+    no difference shown. Raises ValueError if the systems were not evaluated on the same domains.
+    """
+    return terminal_text([], systems_tables(evaluations, comparison), _systems_words(evaluations, comparison))
+
+
+def markdown_systems(evaluations: Mapping[str, Evaluation], comparison: Comparison | None = None) -> str:
+    """What `render_systems` says, as Markdown."""
+    return markdown_text([], systems_tables(evaluations, comparison), _systems_words(evaluations, comparison))
+
+
+def systems_tables(evaluations: Mapping[str, Evaluation], comparison: Comparison | None = None) -> list[Table]:
+    """Accuracy with its interval, a row per domain, a column per system."""
+    domains = list(next(iter(evaluations.values())).domains)
+    for name, evaluation in evaluations.items():
+        _check_same_rows(evaluation, comparison, name)
+        if list(evaluation.domains) != domains:
+            raise ValueError(
+                f"{name!r} was evaluated on {list(evaluation.domains)}, others on {domains}: evaluate alike."
+            )
+    labels = Column("domain", [*map(_plain, domains), "mean of domains", "mean of pairs"], is_words=True)
+    flags = Column("notes", _shared_flags(list(evaluations.values())), is_words=True)
+    shown = [_system_column(one, comparison, name) for name, one in evaluations.items()]
+    return [
+        Table([labels, *shown[start : start + _SYSTEMS_PER_TABLE], flags], num_domains=len(domains))
+        for start in range(0, len(shown), _SYSTEMS_PER_TABLE)
+    ]
+
+
+def _system_column(evaluation: Evaluation, comparison: Comparison | None, name: str) -> Column:
+    tests = comparison.domains.get(name, {}) if comparison else {}
+    mean = comparison.macro.get(name) if comparison else None
+    rows = [(measures, tests.get(domain)) for domain, measures in evaluation.domains.items()]
+    rows += [(evaluation.macro, mean), (evaluation.micro, None)]
+    marks = {(): " ", ("better",): "▲", ("worse",): "▼"}
+    return Column(_plain(name), [_with_interval(measures, mark=marks[_found(test)]) for measures, test in rows])
+
+
+def _shared_flags(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What every system raises: then it lies with the domain, not with a system."""
+    raised = [[set(m.flags) for m in (*e.domains.values(), e.macro, e.micro)] for e in evaluations]
+    return [", ".join(sorted(set.intersection(*flags))) for flags in zip(*raised, strict=True)]
+
+
+def _systems_words(evaluations: Mapping[str, Evaluation], comparison: Comparison | None) -> list[str]:
+    found = [f"{_plain(name)}: {_cost_words(evaluation.cost)}" for name, evaluation in evaluations.items()]
+    if comparison is None:
+        return [*found, verdict(None)]
+    marks = (
+        f"Marks: ▲ better, ▼ worse than {_plain(comparison.baseline)}, after Holm's correction over all comparisons."
+    )
+    return [marks, *(verdict(comparison, name=name) for name in comparison.macro if name in evaluations), *found]
+
+
+# ---- the two forms ---------------------------------------------------------------------------------------------
+
+
+def terminal_text(above: Sequence[str], tables: Sequence[Table], below: Sequence[str]) -> str:
+    """Paragraphs, tables, paragraphs, at most `WIDTH` columns wide, without colour."""
+    details = [textwrap.fill(line, WIDTH, subsequent_indent=" " * 4) for line in below]
+    blocks = [*(textwrap.fill(line, WIDTH) for line in above), *map(terminal_table, tables), "\n".join(details)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def terminal_table(table: Table) -> str:
+    """The domain and the notes fold where 100 columns do not hold them; numbers never do."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for column in table.columns:
+        title = "\n".join(line for part in column.title.split("\n") for line in textwrap.wrap(part, _CELL_WIDTH))
+        if column.is_words:
+            drawn.add_column(title, overflow="fold")
+        else:
+            drawn.add_column(title, justify="right", no_wrap=True)
+    for number, row in enumerate(table.rows, start=1):
+        drawn.add_row(*row, end_section=number == table.num_domains)
+    console = Console(file=StringIO(), width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False)
+    with console.capture() as capture:
+        console.print(drawn)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
+
+
+def markdown_text(above: Sequence[str], tables: Sequence[Table], below: Sequence[str]) -> str:
+    """Paragraphs, tables, a list."""
+    points = "\n".join(f"    - {_escaped(x.strip())}" if x[0] == " " else f"- {_escaped(x)}" for x in below)
+    return "\n\n".join([*map(_escaped, above), *map(markdown_table, tables), points]) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """A table of GitHub's Markdown; the means are bold."""
+    titles = [_escaped(column.title.replace("\n", " ")) for column in table.columns]
+    lines = [titles, ["---" if column.is_words else "---:" for column in table.columns]]
+    for number, row in enumerate(table.rows):
+        label, *cells = (_escaped(" ".join(cell.split())) for cell in row)
+        lines.append([label if number < table.num_domains else f"**{label}**", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- words and cells -------------------------------------------------------------------------------------------
+
+
+def _name_in(comparison: Comparison | None, name: str) -> str:
+    if comparison is None or name in comparison.macro:
+        return name
+    if name or len(comparison.macro) != 1:
+        raise ValueError(f"name={name!r} is not one of the systems compared: {sorted(comparison.macro)}. Name one.")
+    return next(iter(comparison.macro))
+
+
+def _check_same_rows(evaluation: Evaluation, comparison: Comparison | None, name: str) -> None:
+    if comparison is None:
+        return
+    evaluated = {domain: measures.accuracy for domain, measures in evaluation.domains.items()}
+    if comparison.accuracy.get(name) != evaluated:
+        raise ValueError(
+            f"{name!r} has accuracies {evaluated} in its evaluation, but {comparison.accuracy.get(name)} in the "
+            "comparison: make both from the same rewards."
+        )
+
+
+def _found(test: Difference | None) -> tuple[str, ...]:
+    return () if test is None or test.verdict == "no difference shown" else (test.verdict,)
+
+
+def _with_interval(measures: Measures, *, mark: str = "") -> str:
+    low, high = _percent(measures.interval.low), _percent(measures.interval.high)
+    return f"{_percent(measures.accuracy)}{mark} {low}-{high}"
+
+
+def _percent(share: float | None) -> str:
+    return _MISSING if share is None else f"{100 * share:.1f}"
+
+
+def _points(share: float, other: float | None) -> str:
+    return _MISSING if other is None else f"{100 * (share - other):+.1f}"
+
+
+def _p(p_value: float) -> str:
+    return "< .001" if p_value < 0.001 else f"= {p_value:.3f}".replace("0.", ".")
+
+
+def _size(number: int) -> str:
+    for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= scale:
+            return f"{number / scale:,.1f} {unit}"
+    return str(number)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({', '.join(map(_plain, names))})" if names else ""
+
+
+def _plain(name: str) -> str:
+    """A name from data in one line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in name)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+# ---- before and after --------------------------------------------------------------------------------------------
+
+
+def render_extension(before: ExtensionSide, after: ExtensionSide, domain: str) -> str:
+    """The regression table of an extended run: every old domain before and after, and the new one.
+
+    `before` may know nothing of the new domain's expert; its accuracy there is what the old mixture gave it.
+    """
+    rows = [*after.evaluation.domains]
+    was, now = before.evaluation.domains, after.evaluation.domains
+    told = [("before", before.routing), ("after", after.routing)]
+    table = Table(
+        [
+            Column("domain", [f"{name} (new)" if name == domain else name for name in rows], is_words=True),
+            Column("pairs", [f"{now[name].num_pairs:,}" for name in rows]),
+            Column("accuracy\nbefore", [_with_interval(was[name]) for name in rows]),
+            Column("accuracy\nafter", [_with_interval(now[name]) for name in rows]),
+            Column("change", [_points(now[name].accuracy, was[name].accuracy) for name in rows]),
+            *(
+                Column(f"router\n{when}", [_percent(routing.domain_accuracy.get(name)) for name in rows])
+                for when, routing in told
+            ),
+        ],
+        num_domains=len(rows),
+    )
+    changed = [name for name in rows if name != domain and now[name].accuracy < was[name].accuracy]
+    words = (
+        f"Old domains that lost accuracy, all of it by routing: {_listed(changed)}."
+        if changed
+        else ("No old domain lost accuracy.")
+    )
+    return terminal_text([], [table], [words, *_router_words(after.routing)])

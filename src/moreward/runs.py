@@ -1,0 +1,126 @@
+"""A trained model's directory: written whole, read back exactly, refused when anything in it changed.
+
+run/
+  config.yaml          the resolved configuration
+  metrics.jsonl        one line per record
+  quarantine.jsonl     rows that were not used, and why
+  checkpoints/         while training
+  model/
+    moreward.json      recipe, domains, settings, deviations, data and training reports, golden rewards
+    model.safetensors  every tensor that the pretrained backbone does not hold
+    backbone/          config.json and tokenizer of the backbone
+    experts/NAME/      a PEFT adapter directory per expert, where experts are adapters
+    manifest.json      size and SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moreward.checkpoint import fsync_path, sha256_file, verify_folder, write_json, write_manifest
+from moreward.config import resolve
+from moreward.data.batches import Encoder
+from moreward.errors import RunError
+from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
+from moreward.nn.peft_format import write_adapter
+from moreward.registry import find_recipe
+from moreward.systems._base import System
+
+CARD = "moreward.json"
+SCHEMA = 1
+
+
+def model_folder(run: str | Path) -> Path:
+    """The directory of the trained model, given a run or that directory itself. Raises RunError."""
+    run = Path(run)
+    for folder in (run / "model", run):
+        if (folder / CARD).is_file():
+            return folder
+    if not run.exists():
+        raise RunError(f"{run}: there is no such run folder")
+    hint = " Its training has not finished: start it again to go on." if (run / "checkpoints").exists() else ""
+    raise RunError(f"{run}: not a trained run (no model/{CARD}).{hint}")
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    if card.get("schema") != SCHEMA:
+        raise RunError(f"{folder / CARD}: schema {card.get('schema')!r} is not {SCHEMA}; written by another version?")
+    return dict(card)
+
+
+def write_model(run: Path, system: System, encoder: Encoder, card: dict[str, Any]) -> Path:
+    """Write `run/model` in one step: beside it first, then by rename."""
+    from safetensors.torch import save_file
+
+    temporary = run / f".model-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "backbone").mkdir(parents=True)
+    backbone = system.backbones()[0]
+    encoder.tokenizer.save_pretrained(temporary / "backbone")
+    backbone.config.save_pretrained(temporary / "backbone")
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in system.saved_tensors().items()}
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    for name, (head, standardize) in system.adapter_experts().items():
+        # Each expert is usable alone by plain PEFT; the router's adapter, which has no reward, stays in the model file.
+        write_adapter(temporary / "experts" / name, backbone, name, head, standardize, card["backbone"]["name"])
+    write_json(temporary / CARD, {"schema": SCHEMA, **card})
+    write_manifest(temporary, kind="moreward-model")
+    target = run / "model"
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    fsync_path(run)
+    return target
+
+
+def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System, Encoder, dict[str, Any]]:
+    """Rebuild a trained system. `backbone` names where the pretrained weights are now, if they moved.
+
+    Raises RunError naming every file that changed, a backbone that is not the one trained on, and tensors that do
+    not fit.
+    """
+    folder = model_folder(run)
+    if faults := verify_folder(folder):
+        raise RunError(f"{folder}: not as it was written: {'; '.join(faults)}")
+    card = read_card(folder)
+    config = resolve(card["config"])
+    recipe = find_recipe(config.recipe)
+    settings = recipe.Config.model_validate(config.system)
+    tokenizer = load_tokenizer(str(folder / "backbone"))
+    encoder = Encoder(tokenizer, config.data.max_length)
+    with torch.random.fork_rng(devices=[]):
+        system = recipe(settings, _load_backbone(folder, card, backbone), card["domains"])
+    from safetensors.torch import load_file
+
+    if faults := system.load_tensors(load_file(folder / "model.safetensors")):
+        raise RunError(f"{folder}/model.safetensors: {'; '.join(faults[:5])} ({len(faults)} faults)")
+    return system.eval(), encoder, card
+
+
+def _load_backbone(folder: Path, card: dict[str, Any], elsewhere: str | None) -> Backbone:
+    from transformers import AutoConfig
+
+    told = card["backbone"]
+    if card["config"]["tune"] == "full":  # every weight is in the model file
+        shape = AutoConfig.from_pretrained(folder / "backbone")
+        return Backbone.from_config(shape, pooling=told["pooling"], device="cpu")
+    name = elsewhere or told["name"]
+    found = directory_sha256(name)
+    if found != told["sha256"]:
+        state = f"is another one (SHA-256 {found[:12]}…)" if found else "cannot be found as a directory"
+        raise RunError(
+            f"{folder}: trained on backbone {told['name']!r} (SHA-256 {told['sha256'][:12] or 'of a hub'}…), "
+            f"but {name!r} {state}. Say where it is with --backbone DIR."
+        )
+    return Backbone.load(name, pooling=told["pooling"])
+
+
+def identity(folder: Path) -> str:
+    """One hash of a trained model: its manifest names the hash of every file."""
+    return sha256_file(folder / "manifest.json")

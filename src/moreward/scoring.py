@@ -1,0 +1,296 @@
+"""Scorer: the one door to rewards for library, command line, evaluation and everything later.
+
+N conversations, P prompts, E experts, K experts used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moreward.data.batches import Encoded, Encoder, conversation_batch
+from moreward.errors import DataError, NonFiniteError, RunError
+from moreward.nn.features import FeatureStore
+from moreward.runs import identity, model_folder, read_model
+from moreward.systems._base import System
+from moreward.types import Batch, Conversation, Reward, RoutedReward, Text
+
+TOKENS_PER_BATCH = 8192
+GOLDEN_TOLERANCE = 1e-4
+
+Item = Conversation | Mapping[str, Any] | tuple[Text, Text]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several responses to one prompt: rewards as given, indices best first, P(row beats column)."""
+
+    rewards: list[Reward]
+    order: list[int]
+    probabilities: list[list[float]]
+
+
+def load(run: str | Path, *, device: str = "auto", backbone: str | None = None, check: bool = True) -> Scorer:
+    """Load a trained run. `check` recomputes a few of its stored golden rewards and refuses on a difference."""
+    return Scorer.load(run, device=device, backbone=backbone, check=check)
+
+
+class Scorer:
+    """Rewards of a trained system.
+
+    Items are `Conversation`s, `(prompt, response)` tuples, or mappings with `prompt` and `response`; texts are
+    strings or lists of messages. Longer than the model's limit is an error, unless the run was trained with
+    `data.on_long=truncate` or `on_long` says so here; then the start is cut off and the Reward says it.
+    """
+
+    def __init__(
+        self, system: System, encoder: Encoder, card: Mapping[str, Any], *, identity: str = "", device: str = "auto"
+    ) -> None:
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.system = system.eval().to(self.device)
+        self.encoder = encoder
+        self.card = card
+        self.identity = identity
+        self.on_long: str = card["config"]["data"]["on_long"]
+        for backbone in system.backbones():
+            backbone.store = None  # kept features would grow without end; evaluation asks for them itself
+
+    @classmethod
+    def load(cls, run: str | Path, *, device: str = "auto", backbone: str | None = None, check: bool = True) -> Scorer:
+        system, encoder, card = read_model(run, backbone=backbone)
+        scorer = cls(system, encoder, card, identity=identity(model_folder(run)), device=device)
+        if check:
+            scorer.check_golden(limit=4)
+        return scorer
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts by the domain that each was trained on; empty for systems without."""
+        return self.system.domains if self.system.routes_by_domain else ()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.system.domains
+
+    def score(self, items: Sequence[Item], *, explain: bool = False, on_long: str | None = None) -> list[Reward]:
+        """One Reward per item, in order. `explain` adds every expert's standardised reward."""
+        conversations = [as_conversation(item, i) for i, item in enumerate(items)]
+        encoded = self._encode(conversations, on_long or self.on_long)
+        rewards: list[Reward | None] = [None] * len(encoded)
+        for rows, batch in self._batches(conversations, encoded):
+            for row, reward in zip(rows, self._rewards(batch, explain), strict=True):
+                rewards[row] = _named(reward, conversations[row].id, encoded[row])
+        return [r for r in rewards if r is not None]
+
+    def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
+        """Indices of the responses, best first; equal rewards keep their order."""
+        return self.compare(prompt, responses).order
+
+    def best_of_n(self, prompt: Text, responses: Sequence[Text]) -> int:
+        """Index of the best response."""
+        return self.rank(prompt, responses)[0]
+
+    def compare(self, prompt: Text, responses: Sequence[Text], *, explain: bool = False) -> Comparison:
+        """Rewards, order and pairwise preference probabilities σ(r_i - r_j) of responses to one prompt."""
+        if not responses:
+            raise DataError("compare: at least one response is needed (got 0)")
+        rewards = self.score([(prompt, r) for r in responses], explain=explain)
+        values = torch.tensor([r.reward for r in rewards], dtype=torch.float64)
+        order = sorted(range(len(rewards)), key=lambda i: -rewards[i].reward)
+        return Comparison(rewards, order, (values[:, None] - values[None, :]).sigmoid().tolist())
+
+    def score_routes(self, items: Sequence[Conversation], *, seed: int = 0) -> list[RoutedReward]:
+        """Each reward under the system's router, an oracle and a random router, with no expert computed twice."""
+        encoded = self._encode(items, self.on_long)
+        results: list[RoutedReward | None] = [None] * len(encoded)
+        for rows, batch in self._batches(items, encoded):
+            for row, routed in zip(rows, self._routes(batch, seed), strict=True):
+                results[row] = RoutedReward(
+                    **routed, num_tokens=len(encoded[row].ids), truncated=encoded[row].truncated
+                )
+        return [r for r in results if r is not None]
+
+    def keep_features(self, store: FeatureStore) -> None:
+        """Let frozen backbones look their vectors up in `store`; nothing happens where the backbone was trained."""
+        if self.system.config.tune == "frozen":
+            for backbone in self.system.backbones():
+                backbone.store = store
+
+    def golden(self, items: Sequence[Conversation]) -> list[dict[str, Any]]:
+        """What these items get now, every expert included, to be stored and checked later."""
+        return [
+            {
+                "prompt": item.prompt,
+                "response": item.response,
+                "reward": self.score([item], on_long="truncate")[0].reward,
+                "experts": self._each_expert(item),
+            }
+            for item in items
+        ]
+
+    @torch.no_grad()
+    def _each_expert(self, item: Conversation) -> dict[str, float]:
+        """Each expert in a forward of its own, so that the bits do not depend on how many experts there are."""
+        batch = conversation_batch(self._encode([item], "truncate"), [-1], self.encoder.pad_id).to(self.device)
+        alone = [torch.tensor([[e]], device=self.device) for e in range(len(self.experts))]
+        return {name: float(self.system.judge(batch, e_11)) for name, e_11 in zip(self.experts, alone, strict=True)}
+
+    def check_golden(self, limit: int | None = None) -> float:
+        """Recompute stored golden rewards; returns the largest difference. RunError beyond 1e-4."""
+        stored = self.card["golden"][:limit]
+        items = [Conversation(prompt=as_text(g["prompt"]), response=as_text(g["response"])) for g in stored]
+        now = self.golden(items)
+        largest = max((abs(a["reward"] - b["reward"]) for a, b in zip(stored, now, strict=True)), default=0.0)
+        if largest > GOLDEN_TOLERANCE:
+            raise RunError(
+                f"golden rewards differ by {largest:.2g}: this model does not compute what it computed when it was "
+                "trained. Is the tokenizer or the backbone another version?"
+            )
+        return largest
+
+    def _encode(self, items: Sequence[Conversation], on_long: str) -> list[Encoded]:
+        encoded = [self.encoder.conversation(item) for item in items]
+        for i, (item, e) in enumerate(zip(items, encoded, strict=True)):
+            if e.truncated and on_long != "truncate":
+                name = f"items[{i}] ({item.id})" if item.id else f"items[{i}]"
+                raise DataError(
+                    f"{name}: {len(e.ids) + e.num_dropped} tokens, the limit is "
+                    f"{self.encoder.max_length}. Shorten it, or allow truncation (on_long='truncate', --truncate)."
+                )
+        return encoded
+
+    def _batches(self, items: Sequence[Conversation], encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Batch]]:
+        """Rows of similar length together, up to a number of tokens."""
+        domain_of = {name: i for i, name in enumerate(self.domains)}
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), encoded[i].prompt_ids))
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]].ids) <= TOKENS_PER_BATCH:
+                stop += 1
+            rows = order[start:stop]
+            domains = [domain_of.get(items[r].domain, -1) for r in rows]
+            batch = conversation_batch([encoded[r] for r in rows], domains, self.encoder.pad_id)
+            yield rows, batch.to(self.device)
+            start = stop
+
+    @torch.no_grad()
+    def _rewards(self, batch: Batch, explain: bool) -> list[Reward]:
+        output = self.system(batch)
+        _refuse_non_finite(output.reward_N)
+        values = output.reward_N.tolist()
+        if not self.experts or output.routing is None:
+            return [Reward(reward=v) for v in values]
+        experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
+        everyone: list[list[float]] = [[] for _ in values]
+        if explain:
+            everyone = self.system.judge(batch, self._all_experts(batch)).tolist()
+        return [
+            Reward(
+                reward=value,
+                expert=self.experts[experts[0]],
+                weights={self.experts[e]: w for e, w in zip(experts, weights, strict=True)},
+                expert_rewards=dict(zip(self.experts, every, strict=False)),
+            )
+            for value, experts, weights, every in zip(values, experts_NK, weights_NK, everyone, strict=True)
+        ]
+
+    def _all_experts(self, batch: Batch) -> Tensor:
+        return torch.arange(len(self.experts), device=self.device).expand(len(batch), -1)
+
+    @torch.no_grad()
+    def _routes(self, batch: Batch, seed: int) -> list[dict[str, Any]]:
+        if not self.experts:
+            reward_N = self.system(batch).reward_N
+            _refuse_non_finite(reward_N)
+            return [{"reward": r} for r in reward_N.tolist()]
+        routing = self.system.route(batch)
+        k = routing.experts_NK.shape[1]
+        known_N = batch.domain_N >= 0
+        oracle_N = torch.where(known_N, batch.domain_N, routing.experts_NK[:, 0])
+        wanted_NJ = torch.cat(
+            [routing.experts_NK, oracle_N[:, None], self._random_experts(batch, seed)[:, None]], dim=1
+        )
+        reward_NJ = judge_once(self.system, batch, wanted_NJ, len(self.experts))
+        _refuse_non_finite(reward_NJ)
+        reward_N = (reward_NJ[:, :k] * routing.weights_NK).sum(1)
+        return [
+            {
+                "reward": float(reward_N[n]),
+                "expert": self.experts[int(routing.experts_NK[n, 0])],
+                "oracle": float(reward_NJ[n, k]) if known_N[n] else None,
+                "random": float(reward_NJ[n, k + 1]),
+            }
+            for n in range(len(batch))
+        ]
+
+    def _random_experts(self, batch: Batch, seed: int) -> Tensor:
+        """One expert per prompt by a hash of its tokens, so that it does not depend on the batch."""
+        drawn = [
+            int.from_bytes(
+                hashlib.blake2b(f"{seed}/{ids[mask.bool()].tolist()}".encode(), digest_size=6).digest(), "big"
+            )
+            for ids, mask in zip(batch.prompt_ids_PT.cpu(), batch.prompt_mask_PT.cpu(), strict=True)
+        ]
+        random_P = torch.tensor(drawn, device=self.device) % len(self.experts)
+        return random_P[batch.prompt_of_N]
+
+
+def judge_once(system: System, batch: Batch, wanted_NJ: Tensor, num_experts: int) -> Tensor:
+    """`reward_NJ` of the experts wanted for each row, each pair of row and expert computed once."""
+    rows_NJ = torch.arange(len(batch), device=wanted_NJ.device)[:, None].expand_as(wanted_NJ)
+    pairs, place_M = (rows_NJ * num_experts + wanted_NJ).flatten().unique(return_inverse=True)
+    rows_M, experts_M1 = pairs // num_experts, (pairs % num_experts)[:, None]
+    reward_M = system.judge(batch.rows(rows_M), experts_M1)[:, 0]
+    return reward_M[place_M].view(wanted_NJ.shape)
+
+
+def as_text(value: Any) -> Text:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(turn, Mapping) for turn in value):
+        return tuple(value)
+    raise DataError(f"expected text or a list of messages, got {type(value).__name__}")
+
+
+def as_conversation(item: Item, index: int) -> Conversation:
+    """Accept what users have at hand. DataError names the item."""
+    if isinstance(item, Conversation):
+        return item
+    try:
+        if isinstance(item, tuple):
+            prompt, response = item
+            return Conversation(prompt=as_text(prompt), response=as_text(response))
+        return Conversation(
+            prompt=as_text(item["prompt"]),
+            response=as_text(item["response"]),
+            id=str(item.get("id", "")),
+            domain=str(item.get("domain") or ""),
+        )
+    except KeyError as error:
+        raise DataError(f"items[{index}]: {error} is missing; needed are prompt and response") from None
+    except (DataError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"items[{index}]: {error}") from None
+
+
+def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:
+    return Reward(
+        reward=reward.reward,
+        expert=reward.expert,
+        weights=reward.weights,
+        expert_rewards=reward.expert_rewards,
+        num_tokens=len(encoded.ids),
+        truncated=encoded.truncated,
+        id=name,
+    )
+
+
+def _refuse_non_finite(reward: Tensor) -> None:
+    if not bool(torch.isfinite(reward).all()):
+        raise NonFiniteError("the model gave a reward that is NaN or infinite; its weights or its input are damaged")

@@ -1,0 +1,261 @@
+"""What every recipe is: settings, a forward, and its training as data.
+
+N conversations, E experts, K experts used.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from moreward.errors import ConfigError
+from moreward.nn.backbone import Backbone
+from moreward.nn.experts import OneExpert, RewardHead, Standardize
+from moreward.nn.features import FeatureStore
+from moreward.nn.lora import LoRABank
+from moreward.nn.losses import DomainLoss, Objective
+from moreward.nn.mixture import Routed
+from moreward.types import Batch, Preference, Rewards, Routing
+
+Tune = Literal["full", "lora", "frozen"]
+Presets = Mapping[str, Mapping[str, Any]]
+ROUTER = "@router"
+"""The router's adapter. The sign keeps it apart from any expert's name."""
+
+PAPER_TRAINING: dict[str, Any] = {
+    # arXiv 2407.17546, appendix A. Length, schedule, warm-up and weight decay are not given there: ours.
+    "train.learning_rate": 5.0e-6,
+    "train.batch_size": 32,
+    "train.epochs": 3,
+    "train.warmup": 0.06,
+    "train.weight_decay": 0.01,
+    "train.schedule": "linear",
+    "train.patience": 0,
+    "data.max_length": 512,
+    "pooling": "own",
+    "system.head": "linear",
+}
+PAPER_LORA: dict[str, Any] = {"system.rank": 12, "system.alpha": 768.0, "system.dropout": 0.1, "system.targets": None}
+
+
+class SystemConfig(BaseModel):
+    """The recipe's own settings, under `system:` in a configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tune: Tune = "full"
+    head: Literal["auto", "linear", "mlp"] = Field("auto", description="auto: mlp on a frozen backbone, else linear")
+
+    @property
+    def head_kind(self) -> str:
+        return ("mlp" if self.tune == "frozen" else "linear") if self.head == "auto" else self.head
+
+
+class LoRAConfig(SystemConfig):
+    """Settings of recipes that learn by adapters. `targets` None means every linear layer of the backbone."""
+
+    tune: Tune = "lora"
+    rank: int = Field(12, ge=1)
+    alpha: float = Field(24.0, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+    adapter_layers: int | None = Field(
+        None, ge=1, description="adapt only this many layers at the top; gradients stop below them"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of training. Everything outside `learn` is frozen while it runs.
+
+    `select` says which pairs it sees; `standardize` is fitted on the raw rewards of `module` over those pairs when
+    the stage ends.
+    """
+
+    name: str
+    module: nn.Module
+    learn: tuple[nn.Parameter, ...]
+    objective: Objective
+    select: Callable[[Preference], bool] = lambda _: True
+    standardize: Standardize | None = None
+
+
+class System(nn.Module):
+    """A reward model made of a backbone and whatever the recipe adds. Subclasses are named `Recipe`.
+
+    `presets["paper"]` holds the paper's settings by dotted key; the practical preset is the defaults.
+    """
+
+    Config: ClassVar[type[SystemConfig]] = SystemConfig
+    paper: ClassVar[str] = ""
+    presets: ClassVar[Presets] = {"paper": PAPER_TRAINING, "practical": {}}
+    tunes: ClassVar[tuple[Tune, ...]] = ("full", "lora", "frozen")
+    routes_by_domain: ClassVar[bool] = False
+    """Whether there is one expert per domain, so that oracle and random routers, and `extend`, have a meaning."""
+
+    def __init__(self, config: SystemConfig, backbone: Backbone, domains: Sequence[str]) -> None:
+        super().__init__()
+        if config.tune not in self.tunes:
+            raise ConfigError(f"tune: this recipe takes {', '.join(self.tunes)} (got {config.tune!r})")
+        self.config = config
+        self.domains = tuple(domains)
+        self.expert_names = expert_names(domains)
+
+    def forward(self, batch: Batch) -> Rewards:
+        raise NotImplementedError
+
+    def stages(self, pairwise: Objective) -> list[Stage]:
+        """The training of this system, in order. `pairwise` is the configured loss over pairs."""
+        raise NotImplementedError
+
+    def route(self, batch: Batch) -> Routing:
+        """Where each conversation goes; only where `routes_by_domain`."""
+        raise NotImplementedError
+
+    def judge(self, batch: Batch, experts_NK: Tensor) -> Tensor:
+        """Standardised rewards of the named experts; only where `routes_by_domain`."""
+        raise NotImplementedError
+
+    def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
+        """Experts that are adapters in the backbone's bank: what makes a PEFT directory of each."""
+        return {}
+
+    def backbones(self) -> list[Backbone]:
+        return [m for m in self.modules() if isinstance(m, Backbone)]
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Everything that the pretrained directory does not hold: what a run must store to be the same again."""
+        kept = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        kept = {k: v for k, v in kept.items() if k in self.state_dict()}
+        if self.config.tune == "full":
+            return kept
+        return {k: v for k, v in kept.items() if k not in self._pretrained_names()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Copy stored tensors in. Returns faults: names missing, left over or of another shape."""
+        own = self.saved_tensors()
+        faults = [f"tensor {k!r} is missing" for k in own if k not in tensors]
+        faults += [f"tensor {k!r} is not of this system" for k in tensors if k not in own]
+        for name in own.keys() & tensors.keys():
+            if own[name].shape != tensors[name].shape:
+                faults.append(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}")
+        if not faults:
+            with torch.no_grad():
+                for name, value in own.items():
+                    value.copy_(tensors[name])
+        return faults
+
+    def _pretrained_names(self) -> set[str]:
+        return {
+            f"{path}.model.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, Backbone)
+            for name in module.pretrained
+        }
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one conversation meets, its router's included."""
+        return self.num_parameters()
+
+
+class RoutedSystem(System):
+    """What RODOS and ARLISS share: a router that reads the prompt, one expert per domain, a stage for each.
+
+    Subclasses set `self.routed`, `self.standardizers` by expert name, and say what each stage may move.
+    """
+
+    routes_by_domain = True
+    routed: Routed[Any]
+
+    def forward(self, batch: Batch) -> Rewards:
+        return self.routed(batch)  # type: ignore[no-any-return]
+
+    def route(self, batch: Batch) -> Routing:
+        return self.routed.route(batch)
+
+    def judge(self, batch: Batch, experts_NK: Tensor) -> Tensor:
+        return self.routed.judge(batch, experts_NK)
+
+    def expert_parameters(self, name: str) -> list[nn.Parameter]:
+        raise NotImplementedError
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        raise NotImplementedError
+
+    def standardizer(self, name: str) -> Standardize:
+        raise NotImplementedError
+
+    def stages(self, pairwise: Objective) -> list[Stage]:
+        experts = [self.expert_stage(domain, pairwise) for domain in self.domains]
+        return [*experts, self.router_stage()]
+
+    def expert_stage(self, domain: str, pairwise: Objective) -> Stage:
+        index = self.domains.index(domain)
+        name = self.expert_names[index]
+        return Stage(
+            name=f"expert/{name}",
+            module=OneExpert(self.routed.experts, index),
+            learn=tuple(self.expert_parameters(name)),
+            objective=pairwise,
+            select=lambda preference: preference.domain == domain,
+            standardize=self.standardizer(name),
+        )
+
+    def router_stage(self) -> Stage:
+        return Stage(
+            name="router", module=self.routed.router, learn=tuple(self.router_parameters()), objective=DomainLoss()
+        )
+
+
+def expert_names(domains: Sequence[str]) -> tuple[str, ...]:
+    """Domains as names of experts, fit for files and parameters: lower case letters, digits, `-` and `_`."""
+    names = tuple(re.sub(r"[^a-z0-9_]+", "-", d.lower()).strip("-_")[:64] for d in domains)
+    if len(set(names)) < len(names) or not all(names):
+        raise ConfigError(
+            f"domains: {list(domains)} become the expert names {list(names)}, which must differ and not be empty. "
+            "Rename them with data.domain_map."
+        )
+    return names
+
+
+def own_copy(backbone: Backbone, tune: str) -> Backbone:
+    """A backbone to train alone. A frozen one is never changed, so all experts may share it."""
+    return backbone if tune == "frozen" else copy.deepcopy(backbone)
+
+
+def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequence[str], seed: int = 0) -> None:
+    """Bring the backbone into the state that `tune` names: with adapters, with kept features, or as it is."""
+    if config.tune == "lora":
+        assert isinstance(config, LoRAConfig)
+        bank = LoRABank(
+            backbone,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            targets=config.targets,
+            top_layers=config.adapter_layers,
+            seed=seed,
+        )
+        for name in adapters:
+            bank.add(name)
+    elif config.tune == "frozen" and backbone.store is None:
+        backbone.store = FeatureStore()
+
+
+def learnable(backbone: Backbone, config: SystemConfig, adapter: str | None = None) -> list[nn.Parameter]:
+    """The backbone's parameters that `tune` lets learn: all, one adapter's, or none."""
+    if config.tune == "full":
+        return list(backbone.parameters())
+    if config.tune == "lora" and adapter is not None and backbone.bank is not None:
+        return list(backbone.bank.adapters[adapter].parameters())
+    return []

@@ -1,0 +1,73 @@
+"""ARLISS: router and experts are adapters on one backbone (arXiv 2407.17546, section 3.3).
+
+The paper switches adapters; here a batch meets a different adapter in each row, in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from moreward.nn.backbone import Backbone
+from moreward.nn.experts import AdapterExperts, RewardHead, Standardize
+from moreward.nn.mixture import Routed
+from moreward.nn.routers import PromptRouter, TopKRouter
+from moreward.systems._base import (
+    PAPER_LORA,
+    PAPER_TRAINING,
+    ROUTER,
+    LoRAConfig,
+    Presets,
+    RoutedSystem,
+    learnable,
+    prepare_backbone,
+)
+
+
+class ArlissConfig(LoRAConfig):
+    top_k: int = Field(1, ge=1, description="experts used per prompt; the paper uses the best one")
+
+
+class Recipe(RoutedSystem):
+    """E reward adapters, each with its own head, and one router adapter with a gate. The backbone stays frozen."""
+
+    Config = ArlissConfig
+    paper = "arXiv:2407.17546"
+    presets: ClassVar[Presets] = {
+        "paper": {**PAPER_TRAINING, **PAPER_LORA, "tune": "lora", "system.top_k": 1},
+        "practical": {},
+    }
+    tunes = ("lora", "frozen")
+    config: ArlissConfig
+    routed: Routed[AdapterExperts]
+
+    def __init__(self, config: ArlissConfig, backbone: Backbone, domains: Sequence[str]) -> None:
+        super().__init__(config, backbone, domains)
+        # The router's adapter comes last, so that adapter e and expert e are the same number.
+        prepare_backbone(backbone, config, adapters=[*self.expert_names, ROUTER])
+        size = backbone.hidden_size
+        heads = {name: RewardHead(size, config.head_kind) for name in self.expert_names}
+        adapter = len(domains) if backbone.bank is not None else None
+        router = PromptRouter(backbone, TopKRouter(size, len(domains), config.top_k), adapter)
+        self.routed = Routed(router, AdapterExperts(backbone, heads))
+
+    def expert_parameters(self, name: str) -> list[nn.Parameter]:
+        experts = self.routed.experts
+        return [*learnable(experts.backbone, self.config, name), *experts.head(name).parameters()]
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        router = self.routed.router
+        return [*learnable(router.backbone, self.config, ROUTER), *router.router.parameters()]
+
+    def standardizer(self, name: str) -> Standardize:
+        return self.routed.experts.standardizer(name)
+
+    def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
+        return self.routed.experts.adapter_experts()
+
+    def num_active_parameters(self) -> int:
+        idle = [p for name in self.expert_names[self.config.top_k :] for p in self.expert_parameters(name)]
+        return self.num_parameters() - sum(p.numel() for p in idle)

@@ -1,0 +1,1 @@
+"""Training: one loop, stages in order, checkpoints, the run folder."""

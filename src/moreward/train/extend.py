@@ -1,0 +1,141 @@
+"""Add a domain: train its expert and refit the router; every other expert stays as it is, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moreward.config import RunConfig, resolve
+from moreward.data.batches import side
+from moreward.data.split import split_by_group
+from moreward.errors import ConfigError, RunError
+from moreward.nn.backbone import Backbone
+from moreward.registry import find_recipe
+from moreward.runs import model_folder, read_card
+from moreward.scoring import Scorer, load
+from moreward.systems._base import RoutedSystem
+from moreward.train.runner import Pairs, Work, make_encoder, open_run, read_pairs
+from moreward.train.track import Reporter, Silent
+from moreward.types import Preference
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A new run made from an old one. `old_pairs` are held-out pairs of the old domains, `golden_difference` the
+    largest change of any old expert's golden reward (0 means not a bit moved), over `num_golden` rewards."""
+
+    run: Path
+    parent: Path
+    domain: str
+    old_val: list[Preference]
+    new_val: list[Preference]
+    golden_difference: float
+    num_golden: int
+
+
+def extend(
+    run: str | Path,
+    domain: str,
+    data: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    old_data: Sequence[str] = (),
+    backbone: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    reporter: Reporter | None = None,
+) -> Extension:
+    """Train an expert for `domain` on `data` and refit the router over all domains, into a new run folder.
+
+    The router needs prompts of the old domains: they are read again from where the run was trained, or from
+    `old_data`. `changes` are `train` settings for the new stages. Raises ConfigError where the recipe has no expert
+    per domain or the domain exists, RunError where the old data is not what it was.
+    """
+    parent = Path(run)
+    card = read_card(model_folder(parent))
+    old = RunConfig.model_validate(card["config"])
+    recipe = find_recipe(old.recipe)
+    if not recipe.routes_by_domain:
+        raise ConfigError(f"recipe {old.recipe!r} has no expert per domain, so it cannot be extended: train it again")
+    if domain in card["domains"]:
+        raise ConfigError(f"domain {domain!r} exists. The run has: {', '.join(card['domains'])}.")
+    before = load(parent, backbone=backbone)
+    config = _config(old, out or f"{parent}+{domain}", backbone, changes or {})
+    pairs, old_pairs = _pairs(old, config, domain, data, old_data)
+    reporter = reporter or Silent()
+    open_run(config)
+    work = _work(before, config, [*card["domains"], domain], pairs, reporter)
+    assert isinstance(work.system, RoutedSystem)
+    stages = [work.system.expert_stage(domain, work.pairwise), work.system.router_stage()]
+    reports = work.fit(stages)
+    work.write(reports, parent={"run": str(parent), "model": before.identity}, added=domain)
+    difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
+    new_val = [p for p in pairs.val if p.domain == domain]
+    return Extension(Path(config.out), parent, domain, old_pairs.val, new_val, difference, num_golden)
+
+
+def _config(old: RunConfig, out: str | Path, backbone: str | None, changes: Mapping[str, Any]) -> RunConfig:
+    told = old.model_dump(mode="json")
+    told["out"] = str(out)
+    told["backbone"] = backbone or old.backbone
+    told["train"] = {**told["train"], **changes}
+    return resolve(told)
+
+
+def _pairs(
+    old: RunConfig, config: RunConfig, domain: str, data: Sequence[str], old_data: Sequence[str]
+) -> tuple[Pairs, Pairs]:
+    """Pairs of all domains, and those of the old ones alone."""
+    from moreward.data.load import assert_no_leak, load_preferences
+
+    told = old.data.model_copy(update={"train": tuple(old_data), "val": ()} if old_data else {})
+    before = read_pairs(old.model_copy(update={"data": told, "out": ""}))
+    loaded = load_preferences(list(data), domain_map={"*": domain}, max_bad_share=old.data.max_bad_share)
+    wrong = sorted({p.domain for p in loaded.preferences} - {domain})
+    if wrong:
+        raise ConfigError(f"--data holds rows of domains {wrong}, not only {domain!r}. Give one domain's file.")
+    share = old.data.val_fraction
+    sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
+    assert_no_leak(before.train, sides["val"])
+    both = Pairs([*before.train, *sides["train"]], [*before.val, *sides["val"]], before.report)
+    return both, before
+
+
+def _work(before: Scorer, config: RunConfig, domains: Sequence[str], pairs: Pairs, reporter: Reporter) -> Work:
+    backbone = Backbone.load(config.backbone, pooling=before.card["backbone"]["pooling"])
+    encoder = make_encoder(config, backbone)
+    torch.manual_seed(config.seed)
+    system = find_recipe(config.recipe)(before.system.config, backbone, domains)
+    grow_into(system.saved_tensors(), before.system.saved_tensors())
+    return Work(config, Path(config.out), system, encoder, pairs, domains, reporter)
+
+
+def grow_into(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+    """Copy every old tensor into the new system; a gate that has more rows now keeps its old ones."""
+    with torch.no_grad():
+        for name, value in old.items():
+            target = new[name]
+            if target.shape[1:] != value.shape[1:] or len(target.shape) != len(value.shape):
+                raise RunError(f"tensor {name!r} has shape {tuple(value.shape)}, not {tuple(target.shape)}")
+            (target if target.dim() == 0 else target[: len(value)]).copy_(value)
+
+
+def _golden_difference(before: Scorer, after: Scorer) -> tuple[float, int]:
+    items = [_item(g) for g in before.card["golden"]]
+    pairs = [
+        (then["experts"][e], now["experts"][e])
+        for then, now in zip(before.golden(items), after.golden(items), strict=True)
+        for e in then["experts"]
+    ]
+    return max((abs(a - b) for a, b in pairs), default=0.0), len(pairs)
+
+
+def _item(golden: Mapping[str, Any]) -> Any:
+    from moreward.scoring import as_text
+
+    preference = Preference(prompt=as_text(golden["prompt"]), chosen=as_text(golden["response"]), rejected="")
+    return side(preference, "chosen")

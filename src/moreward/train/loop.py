@@ -1,0 +1,374 @@
+"""Fit one stage: the only training loop there is.
+
+B pairs of a batch. Randomness of step s comes from (seed, stage, s, rank), so a checkpoint holds no generator and a
+killed run repeats bit for bit from its step number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moreward.checkpoint import Checkpoint, CheckpointStore
+from moreward.config import TrainConfig
+from moreward.data.batches import EncodedPair, pair_batch
+from moreward.errors import ConfigError, NonFiniteError
+from moreward.nn.losses import Outcome, refuse_non_finite
+from moreward.systems._base import Stage
+from moreward.train.plan import epoch_batches, stable_seed
+from moreward.train.track import MetricsFile, Reporter
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STANDARDIZE_PAIRS = 512
+LOG_EVERY = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a stage needs beside itself."""
+
+    accelerator: Accelerator
+    config: TrainConfig
+    seed: int
+    pad_id: int
+    domains: tuple[str, ...]
+    metrics: MetricsFile
+    reporter: Reporter
+
+
+@dataclass
+class Progress:
+    """Where a stage stands; goes into its checkpoints as it is."""
+
+    step: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    num_stale: int = 0
+    stopped: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Fit:
+    """One stage in training. `run()` leaves the stage's module with its best weights and its zero and unit."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        names: dict[str, Tensor],
+        train: Sequence[EncodedPair],
+        val: Sequence[EncodedPair],
+        around: Surroundings,
+        store: CheckpointStore,
+    ) -> None:
+        """`names` are the tensors that this stage may move, under the names of the whole system."""
+        self.stage, self.names, self.around, self.store = stage, names, around, store
+        self.train, self.val = list(train), list(val)
+        self.config = around.config
+        self.accelerator = around.accelerator
+        self.batches_per_epoch = -(-len(self.train) // self.config.batch_size)
+        limit = self.config.max_steps or math.inf
+        self.num_steps = int(min(self.config.epochs * self.batches_per_epoch, limit))
+        self.eval_steps = max(1, round(self.config.eval_every * self.batches_per_epoch))
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Train, or go on where the newest good checkpoint stands. Returns the stage's report."""
+        checkpoint = self.store.newest()
+        if checkpoint is not None and checkpoint.state["finished"]:
+            self._copy_in(checkpoint.tensors("model"))
+            return dict(checkpoint.state["report"])
+        self.optimizer = self._make_optimizer()
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if self.accelerator.is_main_process:
+            self.around.metrics.drop_after(self.stage.name, self.progress.step)
+        model = self.accelerator.prepare_model(self.stage.module)
+        started, first = time.monotonic(), self.progress.step
+        self.around.reporter.start(self.stage.name, self.num_steps, first)
+        while self.progress.step < self.num_steps and not self.progress.stopped:
+            self._one_step(model)
+        self.around.reporter.finish()
+        if self.best:
+            self._copy_in(self.best)
+        self._standardize()
+        report = self._report(time.monotonic() - started, first)
+        self._save(finished=True, report=report)
+        return report
+
+    def _one_step(self, model: nn.Module) -> None:
+        step = self.progress.step
+        seed = stable_seed(self.around.seed, self.stage.name, step, self.accelerator.process_index)
+        torch.manual_seed(seed)
+        rows = self._rows(step)
+        model.train()
+        learning_rate = self._set_learning_rate(step)
+        loss, num_right, num_tied = self._backward(model, rows)
+        norm = float(self.accelerator.clip_grad_norm_(self.stage.learn, self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            names = [self.train[i].preference.name for i in rows]
+            raise NonFiniteError(
+                f"{self.stage.name}, step {step}: the gradient is not finite; weights are as before this step. "
+                f"Rows of the batch: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if names[10:] else "")
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step = step + 1
+        if step % LOG_EVERY == 0 or step + 1 == self.num_steps:
+            record = {
+                "train/loss": loss / len(rows),
+                f"train/{self.stage.objective.name}": num_right / len(rows),
+                "train/ties": num_tied,
+                "train/grad_norm": norm,
+                "train/learning_rate": learning_rate,
+            }
+            self._log(record)
+            self.around.reporter.step(step + 1, f"loss {record['train/loss']:.3f}")
+        self._after_step(model)
+
+    def _after_step(self, model: nn.Module) -> None:
+        step = self.progress.step
+        last = step == self.num_steps
+        if self.val and (step % self.eval_steps == 0 or last):
+            self._evaluate(model)
+        if step % self.config.checkpoint_every == 0 and not last:
+            self._save(finished=False, report={})
+
+    def _rows(self, step: int) -> list[int]:
+        """The pairs of a step, over all processes."""
+        epoch, place = divmod(step, self.batches_per_epoch)
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._batches = epoch_batches(
+                [p.num_tokens for p in self.train],
+                [p.domain for p in self.train],
+                batch_size=self.config.batch_size,
+                temperature=self.config.domain_temperature,
+                seed=stable_seed(self.around.seed, self.stage.name, "epoch", epoch),
+            )
+        return self._batches[place]
+
+    def _backward(self, model: nn.Module, rows: list[int]) -> tuple[float, int, int]:
+        """Gradients of the mean loss over `rows`, whatever the number of processes and of backward passes."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = rows[rank::world]
+        # DDP averages over processes, the loss is a mean over all pairs of the step; a process left without a pair
+        # still has to take part.
+        weight = world / len(rows) if mine else 0.0
+        mine = mine or rows[:1]
+        size = -(-len(mine) // self.config.accumulate)
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+        total = torch.zeros(3, dtype=torch.float64)
+        for i, part in enumerate(parts):
+            batch = self._batch([self.train[r] for r in part])
+            sync = nullcontext() if i + 1 == len(parts) else self.accelerator.no_sync(model)
+            with sync:
+                outcome = self._outcome(model, batch)
+                refuse_non_finite(outcome, batch, f"{self.stage.name}, step {self.progress.step}")
+                loss = outcome.loss_B.sum() * weight
+                if outcome.extra is not None:
+                    loss = loss + outcome.extra * (len(part) / len(mine))
+                self.accelerator.backward(loss)
+            counts = (outcome.loss_B.detach(), outcome.right_B, outcome.tie_B)
+            total += torch.stack([c.double().sum().cpu() for c in counts])
+        total = self._sum(total)
+        return float(total[0]), int(total[1]), int(total[2])
+
+    def _outcome(self, model: nn.Module, batch: Any) -> Outcome:
+        device = self.accelerator.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bf16"):
+            output = model(batch)
+        return self.stage.objective(output, batch)
+
+    def _batch(self, pairs: Sequence[EncodedPair]) -> Any:
+        batch = pair_batch(pairs, self.around.pad_id)
+        return batch.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module) -> None:
+        """Loss and accuracy on the held-out pairs, per domain; keeps the best weights; decides to stop."""
+        was_training = model.training
+        model.eval()
+        num_domains = len(self.around.domains) + 1  # the last place: pairs of no known domain
+        sums = torch.zeros(num_domains, 3, dtype=torch.float64)
+        for chunk in self._eval_chunks():
+            outcome = self._outcome(model, self._batch(chunk))
+            domain_B = outcome.domain_B.cpu() % num_domains
+            values = torch.stack([torch.ones(len(chunk)), outcome.right_B.cpu(), outcome.loss_B.cpu()], dim=1)
+            sums.index_add_(0, domain_B, values.double())
+        model.train(was_training)
+        record = self._eval_record(self._sum(sums))
+        value = self._watched(record)
+        self.progress.history.append({"step": self.progress.step, **record})
+        self._log(record)
+        if self.progress.best_value is None or value > self.progress.best_value:
+            self.progress.best_value, self.progress.best_step, self.progress.num_stale = value, self.progress.step, 0
+            self.best = {k: v.detach().clone() for k, v in self.names.items()}
+        else:
+            self.progress.num_stale += 1
+            self.progress.stopped = 0 < self.config.patience <= self.progress.num_stale
+        self.around.reporter.step(self.progress.step, f"val {self.stage.objective.name} {record['eval/mean']:.3f}")
+
+    def _eval_chunks(self) -> Iterator[list[EncodedPair]]:
+        mine = self.val[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = sorted(mine, key=lambda p: p.num_tokens)
+        for start in range(0, len(mine), self.config.batch_size):
+            yield mine[start : start + self.config.batch_size]
+
+    def _eval_record(self, sums: Tensor) -> dict[str, float]:
+        names = [*self.around.domains, "(unknown)"]
+        seen = [i for i in range(len(names)) if sums[i, 0] > 0]
+        record = {f"eval/{names[i]}/{self.stage.objective.name}": float(sums[i, 1] / sums[i, 0]) for i in seen}
+        record["eval/mean"] = sum(record.values()) / max(len(record), 1)
+        record["eval/micro"] = float(sums[:, 1].sum() / sums[:, 0].sum())
+        record["eval/loss"] = float(sums[:, 2].sum() / sums[:, 0].sum())
+        return record
+
+    def _watched(self, record: dict[str, float]) -> float:
+        metric = self.config.metric
+        if metric == "loss":
+            return -record["eval/loss"]
+        key = f"eval/{metric}" if metric in ("mean", "micro") else f"eval/{metric}/{self.stage.objective.name}"
+        if key not in record:
+            # A stage that does not see the watched domain is judged by its own mean.
+            return record["eval/mean"]
+        return record[key]
+
+    @torch.no_grad()
+    def _standardize(self) -> None:
+        """Fit the expert's zero and unit on the raw rewards of evenly spaced training pairs, both responses."""
+        standardize = self.stage.standardize
+        if standardize is None:
+            return
+        standardize.reset()
+        stride = max(1, len(self.train) // STANDARDIZE_PAIRS)
+        pairs = sorted(self.train[::stride][:STANDARDIZE_PAIRS], key=lambda p: p.num_tokens)
+        self.stage.module.eval()
+        chunks = [pairs[start : start + 32] for start in range(0, len(pairs), 32)]
+        rewards = [self.stage.module(self._batch(chunk)).reward_N.float().cpu() for chunk in chunks]
+        standardize.fit(torch.cat(rewards).to(standardize.mean.device))
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        matrices = [p for p in self.stage.learn if p.dim() > 1]
+        others = [p for p in self.stage.learn if p.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.config.learning_rate or 0.0)
+
+    def _set_learning_rate(self, step: int) -> float:
+        rate = (self.config.learning_rate or 0.0) * schedule(self.config, step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _sum(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()  # type: ignore[no-any-return]
+
+    def _log(self, record: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.around.metrics.write({"stage": self.stage.name, "step": self.progress.step, **record})
+        self.accelerator.log({f"{self.stage.name}/{k}": v for k, v in record.items()}, step=self.progress.step)
+
+    def _report(self, seconds: float, first: int) -> dict[str, Any]:
+        return {
+            "stage": self.stage.name,
+            "pairs": len(self.train),
+            "val_pairs": len(self.val),
+            "steps": self.progress.step,
+            "stopped_early": self.progress.stopped,
+            "best_step": self.progress.best_step,
+            "best_value": self.progress.best_value,
+            "seconds": round(seconds, 1),
+            "resumed_from_step": first,
+            "parameters_trained": sum(p.numel() for p in self.stage.learn),
+            "evals": self.progress.history,
+        }
+
+    def _copy_in(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in tensors.items():
+                self.names[name].copy_(value)
+
+    def _save(self, *, finished: bool, report: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {"model": {k: v.detach() for k, v in self.names.items()}}
+        if not finished:
+            tensors["optimizer"] = self._optimizer_tensors()
+            if self.best:
+                tensors["best"] = self.best
+        state = {
+            "finished": finished,
+            "report": report,
+            "progress": vars(self.progress),
+        }
+        # An early stop may come right after a checkpoint of the same step.
+        self.store.save(self.progress.step + finished, tensors, state)
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        by_id = {id(v): k for k, v in self.names.items()}
+        return {
+            f"{by_id[id(p)]}|{key}": value for p in self.stage.learn for key, value in self.optimizer.state[p].items()
+        }
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        self._copy_in(checkpoint.tensors("model"))
+        self.progress = Progress(**checkpoint.state["progress"])
+        if self.progress.best_value is not None:
+            self.best = checkpoint.tensors("best")
+        stored = checkpoint.tensors("optimizer")
+        for name, parameter in self.names.items():
+            state = {k.split("|")[1]: v for k, v in stored.items() if k.split("|")[0] == name}
+            if state:
+                self.optimizer.state[parameter] = state
+        self.around.reporter.say(f"{self.stage.name}: going on from step {self.progress.step}")
+
+
+def schedule(config: TrainConfig, step: int, num_steps: int) -> float:
+    """Factor of the learning rate at a step: linear warm-up, then decay to 0 (or none)."""
+    warmup = config.warmup * num_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(num_steps - warmup, 1)
+    if config.schedule == "constant":
+        return 1.0
+    return 1 - share if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+
+
+def make_accelerator(config: TrainConfig, folder: str) -> Accelerator:
+    """The process group and device; refuses another number of processes than asked, and bf16 without hardware."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        log_with=list(config.trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if config.processes is not None and accelerator.num_processes != config.processes:
+        raise ConfigError(
+            f"train.processes: {config.processes} asked for, {accelerator.num_processes} running. "
+            f"Start with: torchrun --nproc-per-node {config.processes} -m moreward train …"
+        )
+    if config.dtype == "bf16" and not has_bf16(accelerator.device):
+        raise ConfigError(f"train.dtype: bf16 is not there on {accelerator.device}; use fp32")
+    return accelerator
+
+
+def has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

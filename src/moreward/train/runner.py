@@ -1,0 +1,341 @@
+"""A run from configuration to model: data, stages in order, the run folder. Started again, it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from moreward.checkpoint import CheckpointStore
+from moreward.config import RunConfig, deviations, resolve
+from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side
+from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
+from moreward.data.split import split_by_group
+from moreward.errors import BackboneError, ConfigError, RunError
+from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
+from moreward.nn.features import FeatureStore, cache_folder
+from moreward.nn.losses import PairwiseLoss
+from moreward.registry import find_recipe
+from moreward.runs import write_model
+from moreward.scoring import Scorer
+from moreward.systems._base import Stage, System
+from moreward.train.loop import Fit, Surroundings, make_accelerator
+from moreward.train.track import MetricsFile, Reporter, Silent
+from moreward.types import Conversation, Preference
+
+log = logging.getLogger(__name__)
+
+NUM_GOLDEN = 16
+NOT_OF_THE_RESULT = (
+    "out",
+    "train.device",
+    "train.processes",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.trackers",
+)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a run learns from and is watched on, as text, and the rows that were not usable."""
+
+    train: list[Preference]
+    val: list[Preference]
+    report: dict[str, Any] = field(default_factory=dict)
+    quarantine: list[Quarantined] = field(default_factory=list)
+
+
+def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
+    """Train a run; returns its folder. Given the folder of a run that was cut short, goes on with it.
+
+    Raises ConfigError, DataError, BackboneError, RunError, NonFiniteError or SpaceError; what was complete on disk
+    stays.
+    """
+    config = given if isinstance(given, RunConfig) else resolve(given)
+    if not config.data.train:
+        raise ConfigError("data.train: is required: files, folders or globs of preference pairs")
+    pairs = read_pairs(config)
+    return train_on(config, pairs, reporter=reporter)
+
+
+def train_on(config: RunConfig, pairs: Pairs, *, reporter: Reporter | None = None) -> Path:
+    """As `train`, on pairs already in memory."""
+    reporter = reporter or Silent()
+    run = open_run(config)
+    domains = sorted({p.domain for p in pairs.train})
+    check_domains(pairs.val, domains)
+    backbone = Backbone.load(config.backbone, pooling=config.pooling)
+    encoder = make_encoder(config, backbone)
+    recipe = find_recipe(config.recipe)
+    torch.manual_seed(config.seed)
+    system = recipe(recipe.Config.model_validate(config.system), backbone, domains)
+    work = Work(config, run, system, encoder, pairs, domains, reporter)
+    stages = system.stages(work.pairwise)
+    reports = work.fit(stages)
+    work.write(reports)
+    return run
+
+
+def read_pairs(config: RunConfig) -> Pairs:
+    """Load training and held-out pairs; without `data.val`, split off a share of every domain by prompt group."""
+    told = config.data
+    options: dict[str, Any] = {
+        "shape": told.shape,
+        "domain": told.domain,
+        "domain_key": told.domain_key,
+        "domain_map": told.domain_map,
+        "max_bad_share": told.max_bad_share,
+    }
+    loaded = load_preferences(list(told.train), **options)
+    report = {"train": _told(loaded)}
+    if told.val:
+        held_out = load_preferences(list(told.val), **options)
+        assert_no_leak(loaded.preferences, held_out.preferences)
+        report["val"] = _told(held_out)
+        sides = {"train": loaded.preferences, "val": held_out.preferences}
+        quarantine = [*loaded.quarantine, *held_out.quarantine]
+    else:
+        share = told.val_fraction
+        sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
+        quarantine = loaded.quarantine
+    return Pairs(sides["train"], sides["val"], report, quarantine)
+
+
+def _told(loaded: Loaded) -> dict[str, Any]:
+    return {
+        "rows": loaded.num_rows,
+        "pairs": len(loaded.preferences),
+        "ties": loaded.num_ties,
+        "duplicates": loaded.duplicates,
+        "contradictions": len(loaded.contradictions),
+    }
+
+
+def _reasons(quarantine: Sequence[Quarantined]) -> dict[str, dict[str, int]]:
+    """Rows not used: by domain, then by reason."""
+    reasons: dict[str, Counter[str]] = {}
+    for row in quarantine:
+        reasons.setdefault(row.domain, Counter())[row.reason] += 1
+    return {domain: dict(counts) for domain, counts in sorted(reasons.items())}
+
+
+def open_run(config: RunConfig) -> Path:
+    """Make the run folder, or enter it again for the same configuration."""
+    if not config.out:
+        raise ConfigError("out: is required: the folder of the run, e.g. out=runs/a")
+    run = Path(config.out)
+    if (run / "model" / "moreward.json").exists():
+        raise RunError(f"{run}: holds a finished run. Choose another out, or remove the folder to train it again.")
+    run.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    stored = run / "config.yaml"
+    if stored.exists() and (differs := _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config)):
+        raise RunError(
+            f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
+            "Start it with the old one, choose another out, or remove the folder."
+        )
+    stored.write_text(text, encoding="utf-8")
+    return run
+
+
+def _differences(stored: Mapping[str, Any], config: RunConfig) -> list[str]:
+    before, now = RunConfig.model_validate(stored).flat(), config.flat()
+    keys = sorted({*before, *now} - set(NOT_OF_THE_RESULT))
+    return [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in keys if before.get(k) != now.get(k)]
+
+
+def make_encoder(config: RunConfig, backbone: Backbone) -> Encoder:
+    limit = backbone.max_positions
+    if limit is not None and config.data.max_length > limit:
+        raise BackboneError(
+            f"data.max_length: {config.data.max_length} tokens, but backbone {config.backbone!r} has {limit} positions"
+        )
+    return Encoder(load_tokenizer(config.backbone), config.data.max_length)
+
+
+class Work:
+    """One system being trained in one run folder."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        system: System,
+        encoder: Encoder,
+        pairs: Pairs,
+        domains: Sequence[str],
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.run, self.system, self.encoder = config, run, system, encoder
+        self.pairs, self.domains, self.reporter = pairs, tuple(domains), reporter
+        told = config.train
+        self.pairwise = PairwiseLoss(label_smoothing=told.label_smoothing, centering=told.centering)
+        self.accelerator = make_accelerator(told, str(run))
+        self.started = time.monotonic()
+        self.train = self._encode(pairs.train)
+        self.val = self._encode(pairs.val)
+        self.quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
+        write_quarantine(self.quarantine, run / "quarantine.jsonl")
+
+    def _encode(self, preferences: Sequence[Preference]) -> EncodedSet:
+        if not self.config.train.use_margin:
+            preferences = [_without_margin(p) for p in preferences]
+        return encode_pairs(self.encoder, preferences, self.domains, on_long=self.config.data.on_long)
+
+    def fit(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+        """Fit each stage in order, those that are finished already being read back."""
+        self.system.to(self.accelerator.device)
+        self._warm_features()
+        self.accelerator.init_trackers("moreward", config={k: str(v) for k, v in self.config.flat().items()})
+        around = Surroundings(
+            accelerator=self.accelerator,
+            config=self.config.train,
+            seed=self.config.seed,
+            pad_id=self.encoder.pad_id,
+            domains=self.domains,
+            metrics=MetricsFile(self.run / "metrics.jsonl"),
+            reporter=self.reporter,
+        )
+        hashes = self._hashes()
+        reports = []
+        for number, stage in enumerate(stages):
+            folder = self.run / "checkpoints" / f"{number:02d}-{stage.name.replace('/', '-')}"
+            store = CheckpointStore(folder, hashes=hashes)
+            for name in store.clean() if self.accelerator.is_main_process else []:
+                self.reporter.say(f"removed {name}, left by a save that was cut short")
+            reports.append(self._fit_stage(stage, around, store))
+        self.accelerator.end_training()
+        return reports
+
+    def _fit_stage(self, stage: Stage, around: Surroundings, store: CheckpointStore) -> dict[str, Any]:
+        learn = {id(p) for p in stage.learn}
+        for parameter in self.system.parameters():
+            parameter.requires_grad_(id(parameter) in learn)
+        names: dict[str, Tensor] = {k: p for k, p in self.system.named_parameters() if id(p) in learn}
+        if stage.standardize is not None:
+            mine = {id(b) for b in stage.standardize.buffers()}
+            names |= {k: b for k, b in self.system.named_buffers() if id(b) in mine}
+        fit = Fit(stage, names, self._seen_by(stage, self.train), self._seen_by(stage, self.val), around, store)
+        return fit.run()
+
+    def _seen_by(self, stage: Stage, pairs: EncodedSet) -> list[EncodedPair]:
+        return [p for p in pairs.pairs if stage.select(p.preference)]
+
+    def _warm_features(self) -> None:
+        """Compute what a frozen backbone says of every text once, before the first step."""
+        if self.config.tune != "frozen":
+            return
+        backbone = self.system.backbones()[0]
+        store = feature_store(self.config.backbone, backbone)
+        for one in self.system.backbones():
+            one.store = store
+        texts = [list(e.ids) for p in (*self.train.pairs, *self.val.pairs) for e in (p.chosen, p.rejected)]
+        texts += [list(ids) for ids in {p.chosen.prompt_ids for p in (*self.train.pairs, *self.val.pairs)}]
+        self.reporter.start("features", len(texts))
+        store.compute(backbone, texts, progress=lambda done, _: self.reporter.step(done))
+        self.reporter.finish()
+        store.save()
+
+    def _hashes(self) -> dict[str, str]:
+        flat = {k: v for k, v in self.config.flat().items() if k not in NOT_OF_THE_RESULT}
+        rows = [(p.prompt, p.chosen, p.rejected, p.domain, p.margin) for p in (*self.pairs.train, *self.pairs.val)]
+        return {
+            "config_sha256": _sha256(flat),
+            "data_sha256": _sha256(rows),
+            "backbone_sha256": directory_sha256(self.config.backbone),
+        }
+
+    def write(self, reports: list[dict[str, Any]], **more: Any) -> None:
+        """The model directory with its card, then the end of the checkpoints."""
+        if not self.accelerator.is_main_process:
+            return
+        card = {**self.card(reports), **more}
+        scorer = Scorer(self.system, self.encoder, card, device=str(self.accelerator.device))
+        card["golden"] = scorer.golden(golden_items(self.pairs.val or self.pairs.train))
+        write_model(self.run, self.system.cpu(), self.encoder, card)
+        if not self.config.train.keep_checkpoints:
+            shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+
+    def card(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        """Everything about the run that is worth knowing later, as JSON."""
+        backbone = self.system.backbones()[0]
+        return {
+            "recipe": self.config.recipe,
+            "paper": self.system.paper,
+            "domains": list(self.domains),
+            "experts": list(self.system.expert_names) if self.system.routes_by_domain else [],
+            "config": self.config.model_dump(mode="json"),
+            "deviations_from_paper": deviations(self.config),
+            "backbone": {
+                "name": self.config.backbone,
+                "sha256": directory_sha256(self.config.backbone),
+                "pooling": backbone.pooling,
+                "loaded": backbone.fingerprint(),
+            },
+            "parameters": {
+                "stored": self.system.num_parameters(),
+                "active": self.system.num_active_parameters(),
+            },
+            "data": {
+                **self.pairs.report,
+                **self._hashes(),
+                "train_pairs": _by_domain(self.train.pairs),
+                "val_pairs": _by_domain(self.val.pairs),
+                "not_used": _reasons(self.quarantine),
+                "truncated": {"train": self.train.num_truncated, "val": self.val.num_truncated},
+                "standardised_on": "training pairs of each expert's stage, evenly spaced, both responses",
+            },
+            "stages": reports,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "processes": self.accelerator.num_processes,
+                "device": str(self.accelerator.device),
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
+            },
+        }
+
+
+def feature_store(name: str, backbone: Backbone) -> FeatureStore:
+    """Where the vectors of this frozen backbone are kept on disk; in memory only for a backbone without a hash."""
+    sha256 = directory_sha256(name)
+    if not sha256:
+        return FeatureStore()
+    folder = f"{sha256[:16]}-{backbone.pooling}-torch{version('torch')}-{torch.get_num_threads()}t"
+    return FeatureStore(cache_folder() / "features" / folder)
+
+
+def golden_items(preferences: Sequence[Preference]) -> list[Conversation]:
+    """Evenly spaced pairs, both sides, over all domains."""
+    ordered = sorted(preferences, key=lambda p: (p.domain, p.name))
+    stride = max(1, len(ordered) * 2 // NUM_GOLDEN)
+    chosen = ordered[::stride][: NUM_GOLDEN // 2]
+    return [side(p, which) for p in chosen for which in ("chosen", "rejected")]
+
+
+def _without_margin(preference: Preference) -> Preference:
+    return replace(preference, margin=None)
+
+
+def _by_domain(pairs: Sequence[EncodedPair]) -> dict[str, int]:
+    return dict(sorted(Counter(p.preference.domain for p in pairs).items()))
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=dict).encode()).hexdigest()

@@ -1,0 +1,198 @@
+"""What travels between the layers.
+
+Shapes: N conversations, B pairs (N = 2B, chosen rows first), P distinct prompts, T tokens, D hidden,
+E experts, K experts used. This file imports torch for type checking only, so the data layer and
+`--help` stay light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Message: TypeAlias = Mapping[str, Any]
+"""One turn: `{"role": ..., "content": str}`, plus `tool_calls` and the like where the source has them."""
+
+Text: TypeAlias = "str | tuple[Message, ...]"
+"""Plain text (gets no chat template) or conversation turns (rendered with the tokenizer's template)."""
+
+NO_DOMAIN = "default"
+"""The domain of rows that name none."""
+
+
+def text_key(*texts: Text) -> str:
+    """A short stable hash of texts: 16 hex digits of SHA-256 over their canonical JSON."""
+    canonical = json.dumps(texts, ensure_ascii=True, sort_keys=True, default=dict)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """One judgement: to `prompt`, `chosen` was preferred over `rejected`.
+
+    `group` ties rows that must not stand on two sides of a split (the same prompt, document, debate);
+    empty means "the prompt itself". `source` is `file:line`. `margin` is how much better, if known.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    domain: str = NO_DOMAIN
+    id: str = ""
+    margin: float | None = None
+    group: str = ""
+    source: str = ""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_group(self) -> str:
+        """What splits and clustered intervals go by. A row without a prompt is a group of its own."""
+        if self.group:
+            return self.group
+        if self.prompt:
+            return text_key(self.prompt)
+        return text_key(*sorted((self.chosen, self.rejected), key=text_key))
+
+    @property
+    def name(self) -> str:
+        """How messages name this row: its id, else where it stands."""
+        return self.id or self.source or text_key(self.prompt, self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """One prompt with one response: what a reward is given to."""
+
+    prompt: Text
+    response: Text
+    id: str = ""
+    domain: str = ""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Tokenised conversations. Where `is_pairs`, rows 0..B-1 are chosen and rows B..2B-1 rejected.
+
+    A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
+    conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
+    """
+
+    ids_NT: Tensor
+    mask_NT: Tensor
+    prompt_ids_PT: Tensor
+    prompt_mask_PT: Tensor
+    prompt_of_N: Tensor
+    domain_N: Tensor
+    margin_B: Tensor | None = None
+    is_pairs: bool = False
+    names: tuple[str, ...] = ()
+    truncated_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.ids_NT.shape[0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {f.name: v.to(device) for f in fields(self) if hasattr(v := getattr(self, f.name), "to")}
+        return replace(self, **moved)
+
+    @property
+    def domain_P(self) -> Tensor:
+        """The domain of each prompt: that of any conversation with it."""
+        domain_P = self.domain_N.new_full((self.prompt_ids_PT.shape[0],), -1)
+        domain_P[self.prompt_of_N] = self.domain_N
+        return domain_P
+
+    def rows(self, index: Tensor) -> Batch:
+        """The conversations at `index` (repeats allowed); prompts stay as they are."""
+        return replace(
+            self,
+            ids_NT=self.ids_NT[index],
+            mask_NT=self.mask_NT[index],
+            prompt_of_N=self.prompt_of_N[index],
+            domain_N=self.domain_N[index],
+            margin_B=None,
+            is_pairs=False,
+            names=(),
+            truncated_N=None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which experts each row goes to: `experts_NK` with `weights_NK` that sum to 1, best first.
+
+    A router over prompts returns one row per prompt; `rows(batch.prompt_of_N)` spreads them.
+    """
+
+    experts_NK: Tensor
+    weights_NK: Tensor
+    logits_NE: Tensor
+    aux_loss: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Routing:
+        return Routing(
+            experts_NK=self.experts_NK[index],
+            weights_NK=self.weights_NK[index],
+            logits_NE=self.logits_NE[index],
+            aux_loss=self.aux_loss,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """What a system says of a batch. `expert_reward_NK` are the standardised rewards of `routing.experts_NK`."""
+
+    reward_N: Tensor
+    routing: Routing | None = None
+    expert_reward_NK: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+    @property
+    def chosen_B(self) -> Tensor:
+        return self.reward_N[: len(self.reward_N) // 2]
+
+    @property
+    def rejected_B(self) -> Tensor:
+        return self.reward_N[len(self.reward_N) // 2 :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """The reward of one conversation, as users see it. Higher is better.
+
+    `expert` is the one that spoke loudest and `weights` the gate's weight of each expert used; both are empty
+    for a system without named experts. `expert_rewards` (every expert, standardised) only when explained.
+    """
+
+    reward: float
+    expert: str = ""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    expert_rewards: Mapping[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    truncated: bool = False
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedReward:
+    """One conversation's reward under the system's own router, an oracle router (the expert of the row's
+    domain) and a uniformly random one. The last two are None where the system has no expert per domain, and
+    `oracle` also where the row's domain has no expert."""
+
+    reward: float
+    expert: str = ""
+    oracle: float | None = None
+    random: float | None = None
+    num_tokens: int = 0
+    truncated: bool = False

@@ -1,0 +1,104 @@
+"""What `moreward data check` counts and says."""
+
+import json
+
+import pytest
+
+from moreward.data.audit import PairLengths, audit, render
+from moreward.data.load import Loaded, load_preferences
+from moreward.types import Preference
+
+MAX_TOKENS = 16
+
+
+def measure(p):
+    """A tokenizer of words that keeps the last `MAX_TOKENS`."""
+    chosen, rejected = ((p.prompt + " " + text).split() for text in (p.chosen, p.rejected))
+    over = max(len(chosen), len(rejected)) > MAX_TOKENS
+    same = chosen[-MAX_TOKENS:] == rejected[-MAX_TOKENS:]
+    special = "<eos>" in chosen + rejected
+    return PairLengths(len(chosen), len(rejected), over, same, special)
+
+
+def row(i, chosen="yes it is", rejected="no", **changes):
+    return {"prompt": f"q{i}", "chosen": f"{chosen} {i}", "rejected": f"{rejected} {i}"} | changes
+
+
+def load(path, rows, **options):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return load_preferences(path, max_bad_share=1, **options)
+
+
+def test_the_audit_counts_what_was_planted(tmp_path):
+    rows = [row(i, domain="a") for i in range(6)]
+    rows += [row(10, domain="b", chosen="no", rejected="yes"), row(11, domain="b", chosen="12", rejected="34")]
+    rows += [
+        row(0, domain="a"),
+        row(3, domain="a", chosen="no", rejected="yes it is"),
+        row(12, domain="b", rejected="yes it is"),
+        row(13, domain="b", chosen=4) | {"chosen": 4},
+        row(14, domain="b", prompt=" "),
+    ]
+    found = audit(load(tmp_path / "x.jsonl", rows, allow_empty_prompt=True))
+    a, b = found.domains["a"], found.domains["b"]
+    assert (a.num_rows, a.num_pairs, a.dropped, a.contradictions) == (8, 7, {"duplicate": 1}, 1)
+    assert (b.num_rows, b.num_pairs, b.dropped) == (5, 3, {"identical": 1, "wrong_type": 1})
+    assert (a.empty_prompts, b.empty_prompts) == (0, 1)
+    assert (a.share, b.share) == (0.7, 0.3)
+    assert a.chosen_longer == pytest.approx(6 / 7)
+    assert b.chosen_longer == pytest.approx((0 + 0.5 + 1) / 3)
+    assert (found.num_rows, found.num_kept_rows) == (13, 10)
+    assert a.truncated is None
+    places = {(f.reason, f.place.rpartition(":")[2], f.is_error) for f in found.findings}
+    assert places == {
+        ("duplicate", "9", False),
+        ("contradiction", "10", False),
+        ("identical", "11", False),
+        ("wrong_type", "12", True),
+        ("empty_prompt", "13", False),
+    }
+
+
+def test_lengths_are_the_plain_median_and_95th_percentile():
+    pairs = [Preference(prompt="q", chosen="x" * (2 * n + 1), rejected="x" * (2 * n + 2)) for n in range(51)]
+    figures = audit(Loaded(pairs, [], 51, 51)).domains["default"]
+    assert (figures.median_length, figures.p95_length, figures.chosen_longer) == (51.5, 97, 0.0)
+
+
+def test_only_unusable_rows_are_errors(tmp_path):
+    assert not audit(load(tmp_path / "x.jsonl", [row(0), row(0), row(1, rejected="yes it is")])).has_errors
+    assert audit(load(tmp_path / "x.jsonl", [row(0), row(1, domain=3)])).has_errors
+
+
+def test_a_measure_adds_tokens_truncation_and_special_tokens(tmp_path):
+    long = "w " * 20
+    rows = [row(0), row(1, chosen=long), row(2, rejected="<eos>"), row(3, chosen="a " + long, rejected="b " + long)]
+    found = audit(load(tmp_path / "x.jsonl", rows), measure=measure)
+    figures = found.domains["x"]
+    assert (figures.truncated, figures.identical_after_truncation, figures.special_tokens) == (2, 1, 1)
+    assert found.length_unit == "tokens"
+    assert (figures.median_length, figures.p95_length) == (5.0, 23)
+    assert {(f.reason, f.place[-1]) for f in found.findings} == {
+        ("truncated", "2"),
+        ("truncated", "4"),
+        ("identical_after_truncation", "4"),
+        ("special_tokens", "3"),
+    }
+
+
+def test_the_json_of_an_audit_is_json(tmp_path):
+    found = audit(load(tmp_path / "x.jsonl", [row(0), row(1, chosen=0) | {"chosen": None}]))
+    read = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert read["has_errors"] is True
+    assert read["domains"]["x"]["dropped"] == {"missing_field": 1}
+
+
+def test_the_rendered_audit_names_domains_reasons_and_places(tmp_path):
+    rows = [row(0, domain="law"), *[row(i, domain="[b]odd") for i in range(1, 9)], *[{"chosen": "x"}] * 7]
+    text = render(audit(load(tmp_path / "x.jsonl", rows), measure=measure), width=160)
+    assert "law" in text
+    assert "[b]odd" in text
+    assert "ERROR missing_field: 7 (x 7)" in text
+    assert "x.jsonl:10: rejected: is missing" in text
+    assert "... and 2 more" in text
+    assert "16 rows = 9 kept + 7 not kept" in text

@@ -1,0 +1,61 @@
+"""No group on two sides, nothing lost, shares met."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moreward.data.split import split_by_group
+from moreward.errors import ConfigError
+from moreward.types import Preference
+
+FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
+
+
+def rows(keys):
+    """One preference per (domain, group) key; group "" stands for the prompt itself."""
+    return [
+        Preference(prompt=f"prompt {i % 5}", chosen=f"c{i}", rejected="r", domain=domain, group=group, id=str(i))
+        for i, (domain, group) in enumerate(keys)
+    ]
+
+
+KEYS = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["", "g1", "g2", "g3"])), max_size=40)
+
+
+@given(keys=KEYS, seed=st.integers(0, 5))
+@settings(deadline=None)
+def test_no_group_stands_on_two_sides_and_nothing_is_lost(keys, seed):
+    preferences = rows(keys)
+    sides = split_by_group(preferences, FRACTIONS, seed)
+    assert sorted((p for side in sides.values() for p in side), key=lambda p: int(p.id)) == preferences
+    groups = [{p.prompt_group for p in side} for side in sides.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=40), seed=st.integers(0, 5))
+@settings(deadline=None)
+def test_each_domain_meets_its_shares_within_the_size_of_a_group(sizes, seed):
+    keys = [("ab"[g % 2], f"g{g}") for g, size in enumerate(sizes) for _ in range(size)]
+    sides = split_by_group(rows(keys), FRACTIONS, seed)
+    for domain, total in Counter(domain for domain, _ in keys).items():
+        for side, share in FRACTIONS.items():
+            found = sum(p.domain == domain for p in sides[side])
+            assert found < share * total + max(sizes)
+
+
+def test_the_split_depends_on_the_seed_but_not_on_the_order_of_rows():
+    preferences = rows([("a", f"g{i}") for i in range(50)])
+
+    def names(ps, seed):
+        return {side: {p.id for p in found} for side, found in split_by_group(ps, FRACTIONS, seed).items()}
+
+    assert names(preferences, 1) == names(preferences[::-1], 1)
+    assert names(preferences, 1) != names(preferences, 2)
+
+
+@pytest.mark.parametrize("fractions", [{"train": 0.5}, {"train": 1.0, "test": 0.0}, {}, {"a": 1.5, "b": -0.5}])
+def test_fractions_must_be_positive_and_sum_to_one(fractions):
+    with pytest.raises(ConfigError, match="split: "):
+        split_by_group(rows([("a", "")]), fractions, 0)
