@@ -13,6 +13,7 @@ N conversations, J jurors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -20,7 +21,7 @@ from pydantic import Field
 from moreward.nn.backbone import Backbone
 from moreward.nn.experts import AdapterExperts, OneExpert, RewardHead, Standardize
 from moreward.nn.losses import Objective
-from moreward.systems._base import LoRAConfig, Stage, System, learnable, prepare_backbone
+from moreward.systems._base import LoRAConfig, Presets, Stage, System, learnable, prepare_backbone
 from moreward.types import Batch, Rewards
 
 
@@ -33,7 +34,7 @@ class Recipe(System):
     """J adapters with a head each on one backbone; no router, and no domain labels."""
 
     Config = JuryConfig
-    presets = {"paper": {}, "practical": {}}  # noqa: RUF012
+    presets: ClassVar[Presets] = {"paper": {}, "practical": {}}
     tunes = ("lora",)
     config: JuryConfig
 

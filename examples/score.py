@@ -1,6 +1,6 @@
 """Rewards, order and choice of several responses to one prompt.
 
-    python examples/score.py runs/a 'Name a prime above 10.' '11' 'Twelve, I think.'
+python examples/score.py runs/a 'Name a prime above 10.' '11' 'Twelve, I think.'
 """
 
 import argparse

@@ -13,6 +13,7 @@ from moreward.data.load import load_preferences
 from moreward.evals.compare import compare
 from moreward.evals.run import evaluate_run
 from moreward.report import render_evaluation
+from moreward.train.runner import train
 
 RANK = 12
 
@@ -20,12 +21,12 @@ RANK = 12
 def train_both(data: list[str], backbone: str, out: Path) -> tuple[Path, Path]:
     """A mixture of adapters, and one adapter with as many parameters at the same scale alpha / rank."""
     shared = {"backbone": backbone, "seed": 0, "data": {"train": data}}
-    mixture = moreward.train(
+    mixture = train(
         {**shared, "recipe": "arliss", "out": str(out / "mixture"), "system": {"rank": RANK, "alpha": 2.0 * RANK}}
     )
     num_adapters = len(moreward.load(mixture).domains) + 1  # one per domain and the router's
     rank = RANK * num_adapters
-    single = moreward.train(
+    single = train(
         {**shared, "recipe": "base_lora", "out": str(out / "single"), "system": {"rank": rank, "alpha": 2.0 * rank}}
     )
     return mixture, single

@@ -12,7 +12,14 @@ from moreward.checkpoint import write_manifest
 from moreward.config import merge, parse_assignments
 from moreward.types import Preference
 
-SPEED = ("train.epochs=1", "train.eval_every=1", "train.batch_size=8", "data.val_fraction=0.25", "data.max_length=96")
+SPEED = (
+    "train.epochs=1",
+    "train.eval_every=1",
+    "train.batch_size=8",
+    "train.learning_rate=0.02",  # so that rewards differ by more than rounding
+    "data.val_fraction=0.25",
+    "data.max_length=96",
+)
 FIELDS = ("prompt", "chosen", "rejected", "domain", "id", "margin", "tools", "chat_template_kwargs")
 
 _made: dict[tuple[str, ...], Path] = {}

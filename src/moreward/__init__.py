@@ -13,8 +13,6 @@ __version__ = "0.1.0.dev0"
 _PUBLIC = {
     "load": "moreward.scoring",
     "Scorer": "moreward.scoring",
-    "train": "moreward.train.runner",
-    "extend": "moreward.train.extend",
     "RunConfig": "moreward.config",
     "Preference": "moreward.types",
     "Conversation": "moreward.types",

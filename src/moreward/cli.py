@@ -55,7 +55,10 @@ def demo(
 )
 def train(
     words: Annotated[
-        list[str], typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="A file, and keys on top of it.")
+        list[str],
+        typer.Argument(
+            metavar="[CONFIG.yaml] [key=value]...", help="A file (or the folder of a run), and keys on top of it."
+        ),
     ],
 ) -> None:
     """Train a run. Given the folder of one that was cut short, go on with it."""
@@ -63,8 +66,9 @@ def train(
     from moreward.train.runner import train as train_run
     from moreward.train.track import Console, Silent
 
-    first = words[0]
-    given = read_config(Path(first)) if "=" not in first else {}
+    first = Path(words[0])
+    stored = first / "config.yaml" if first.is_dir() else first
+    given = {} if "=" in words[0] else read_config(stored)
     given = merge(given, parse_assignments(words[1:] if given else words))
     is_main = os.environ.get("RANK", "0") == "0"
     run = train_run(given, reporter=Console() if is_main else Silent())
@@ -230,7 +234,7 @@ def list_recipes() -> None:
     for name in recipe_names():
         recipe = find_recipe(name)
         module = sys.modules[recipe.__module__].__doc__ or ""
-        typer.echo(f"{module.strip().splitlines()[0]}")
+        typer.echo((module.strip() or name).splitlines()[0])
         typer.echo(f"  recipe={name}  tune: {', '.join(recipe.tunes)}  {recipe.paper}")
         for key, info in recipe.Config.model_fields.items():
             if key != "tune":
@@ -247,7 +251,9 @@ def data_check(
     as_json: AsJson = False,
     shape: Annotated[str | None, typer.Option("--format", help="Row shape, when it cannot be told.")] = None,
     domain_key: Annotated[str | None, typer.Option(help="The column that names the domain.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Count tokens with this backbone's tokenizer.")] = None,
+    backbone: Annotated[
+        str, typer.Option(help="Count tokens with this backbone's tokenizer; none counts characters.")
+    ] = "minilm",
     max_length: Annotated[int, typer.Option(min=8, help="The limit in tokens.")] = 512,
 ) -> None:
     """Say per domain what is in the data and what is wrong with it; exit code 1 on errors."""
@@ -255,13 +261,15 @@ def data_check(
     from moreward.data.load import load_preferences
 
     loaded = load_preferences(paths, shape=shape, domain_key=domain_key, max_bad_share=1.0)
-    measure = None
-    if backbone:
+    if backbone == "none":
+        found = audit(loaded)
+    else:
         from moreward.data.batches import Encoder
         from moreward.nn.backbone import load_tokenizer
 
-        measure = Encoder(load_tokenizer(backbone), max_length).measure
-    found = audit(loaded, measure=measure)
+        encoder = Encoder(load_tokenizer(backbone), max_length)
+        with encoder.reading_ahead(loaded.preferences):
+            found = audit(loaded, measure=encoder.measure)
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else render(found))
     raise typer.Exit(1 if found.has_errors else 0)
 

@@ -134,7 +134,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def resolve(given: Mapping[str, Any]) -> RunConfig:
     """Defaults, then the preset, then what was given. Raises ConfigError with every fault."""
-    config = _validate(given)
+    try:
+        config = _validate(given)
+    except ConfigError as error:
+        raise ConfigError([*error.faults, *_system_faults(given)]) from None
     recipe = find_recipe(config.recipe)
     preset = recipe.presets[config.preset]
     merged = _merge(_nested(preset), given)
@@ -161,6 +164,18 @@ def deviations(config: RunConfig) -> list[dict[str, Any]]:
 
 def _validate(given: Mapping[str, Any]) -> RunConfig:
     return _validate_as(RunConfig, given, "")  # type: ignore[no-any-return]
+
+
+def _system_faults(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the recipe's name and settings, when the rest is wrong too."""
+    name, settings = given.get("recipe"), given.get("system", {})
+    if not isinstance(name, str) or not isinstance(settings, Mapping):
+        return []
+    try:
+        _validate_as(find_recipe(name).Config, settings, "system.")
+    except ConfigError as error:
+        return error.faults
+    return []
 
 
 def _validate_as(model: type[BaseModel], given: Mapping[str, Any], prefix: str) -> Any:

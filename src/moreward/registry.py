@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from moreward.errors import ConfigError
@@ -38,6 +39,7 @@ def find_recipe(name: str) -> type[Any]:
         raise ConfigError(f"recipe: unknown recipe {name!r}.{near(name, recipe_names())}")
     for point in entry_points(group=ENTRY_POINTS):
         if point.name == name:
-            return point.load()  # type: ignore[no-any-return]
+            found = point.load()
+            return found.Recipe if isinstance(found, ModuleType) else found  # type: ignore[no-any-return]
     module = import_module(f"moreward.systems.{name}")
     return module.Recipe  # type: ignore[no-any-return]

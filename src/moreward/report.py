@@ -464,7 +464,7 @@ def render_extension(before: ExtensionSide, after: ExtensionSide, domain: str) -
     )
     changed = [name for name in rows if name != domain and now[name].accuracy < was[name].accuracy]
     words = (
-        f"Old domains that lost accuracy, all of it by routing: {_listed(changed)}."
+        f"Old domains that lost accuracy, all of it by routing:{_listed(changed)}."
         if changed
         else ("No old domain lost accuracy.")
     )

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from moreward.checkpoint import fsync_path, sha256_file, verify_folder, write_json, write_manifest
+from moreward.checkpoint import fsync_path, sha256_file, space_errors, verify_folder, write_json, write_manifest
 from moreward.config import resolve
 from moreward.data.batches import Encoder
 from moreward.errors import RunError
@@ -57,10 +57,21 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def write_model(run: Path, system: System, encoder: Encoder, card: dict[str, Any]) -> Path:
     """Write `run/model` in one step: beside it first, then by rename."""
+    temporary = run / f".model-{os.getpid()}"
+    for left in run.glob(".model-*"):  # of writes that were cut short
+        shutil.rmtree(left)
+    with space_errors(run):
+        _write_files(temporary, system, encoder, card)
+    target = run / "model"
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    fsync_path(run)
+    return target
+
+
+def _write_files(temporary: Path, system: System, encoder: Encoder, card: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    temporary = run / f".model-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "backbone").mkdir(parents=True)
     backbone = system.backbones()[0]
     encoder.tokenizer.save_pretrained(temporary / "backbone")
@@ -69,14 +80,18 @@ def write_model(run: Path, system: System, encoder: Encoder, card: dict[str, Any
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     for name, (head, standardize) in system.adapter_experts().items():
         # Each expert is usable alone by plain PEFT; the router's adapter, which has no reward, stays in the model file.
-        write_adapter(temporary / "experts" / name, backbone, name, head, standardize, card["backbone"]["name"])
+        folder = temporary / "experts" / name
+        write_adapter(folder, backbone, name, head, standardize, _seen_from(folder, card["backbone"]["name"]))
     write_json(temporary / CARD, {"schema": SCHEMA, **card})
     write_manifest(temporary, kind="moreward-model")
-    target = run / "model"
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    fsync_path(run)
-    return target
+
+
+def _seen_from(folder: Path, backbone: str) -> str:
+    """The backbone's name as an adapter directory states it: a hub name, or a path relative to that directory."""
+    if not Path(backbone).is_dir():
+        return backbone
+    final = folder.parents[1].with_name("model") / "experts" / folder.name
+    return os.path.relpath(Path(backbone).resolve(), final.resolve())
 
 
 def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System, Encoder, dict[str, Any]]:

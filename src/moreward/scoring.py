@@ -71,8 +71,8 @@ class Scorer:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The experts by the domain that each was trained on; empty for systems without."""
-        return self.system.domains if self.system.routes_by_domain else ()
+        """The experts by the domain that each was trained on, or by number inside a model; empty if none."""
+        return self.system.expert_labels
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -138,8 +138,9 @@ class Scorer:
     def _each_expert(self, item: Conversation) -> dict[str, float]:
         """Each expert in a forward of its own, so that the bits do not depend on how many experts there are."""
         batch = conversation_batch(self._encode([item], "truncate"), [-1], self.encoder.pad_id).to(self.device)
-        alone = [torch.tensor([[e]], device=self.device) for e in range(len(self.experts))]
-        return {name: float(self.system.judge(batch, e_11)) for name, e_11 in zip(self.experts, alone, strict=True)}
+        experts = self.experts if self.system.routes_by_domain else ()
+        alone = [torch.tensor([[e]], device=self.device) for e in range(len(experts))]
+        return {name: float(self.system.judge(batch, e_11)) for name, e_11 in zip(experts, alone, strict=True)}
 
     def check_golden(self, limit: int | None = None) -> float:
         """Recompute stored golden rewards; returns the largest difference. RunError beyond 1e-4."""
@@ -189,8 +190,11 @@ class Scorer:
             return [Reward(reward=v) for v in values]
         experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
         everyone: list[list[float]] = [[] for _ in values]
-        if explain:
-            everyone = self.system.judge(batch, self._all_experts(batch)).tolist()
+        if explain and self.system.routes_by_domain:
+            reward_NE = self.system.judge(batch, self._all_experts(batch))
+            assert output.expert_reward_NK is not None
+            # The experts used have spoken already; a second computation could differ in the last digit.
+            everyone = reward_NE.scatter(1, output.routing.experts_NK, output.expert_reward_NK).tolist()
         return [
             Reward(
                 reward=value,
@@ -206,10 +210,8 @@ class Scorer:
 
     @torch.no_grad()
     def _routes(self, batch: Batch, seed: int) -> list[dict[str, Any]]:
-        if not self.experts:
-            reward_N = self.system(batch).reward_N
-            _refuse_non_finite(reward_N)
-            return [{"reward": r} for r in reward_N.tolist()]
+        if not self.system.routes_by_domain:
+            return [{"reward": r.reward, "expert": r.expert} for r in self._rewards(batch, explain=False)]
         routing = self.system.route(batch)
         k = routing.experts_NK.shape[1]
         known_N = batch.domain_N >= 0

@@ -118,6 +118,14 @@ def test_weights_of_another_shape_are_refused(
         Backbone.load(str(folder))
 
 
+def test_a_classifier_of_other_labels_loads_without_its_head(tiny_backbone: Get, tmp_path: Path) -> None:
+    stock = AutoModelForSequenceClassification.from_pretrained(tiny_backbone("bert"), num_labels=3)
+    stock.save_pretrained(tmp_path / "three")
+    backbone = Backbone.load(str(tmp_path / "three"), pooling="own")
+    assert backbone.pretrained == backbone.model.state_dict().keys()
+    assert torch.equal(backbone.model.bert.pooler.dense.weight, stock.bert.pooler.dense.weight)
+
+
 @pytest.mark.parametrize(("config", "model"), [(T5Config, T5), (BartConfig, Bart)])
 def test_an_encoder_decoder_is_refused_clearly(config: Any, model: Any, tiny_backbone: Get, tmp_path: Path) -> None:
     sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 60}

@@ -65,6 +65,8 @@ class Encoder:
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.joins_pairs = tokenizer.sep_token_id is not None and tokenizer.cls_token_id is not None
         self._specials = sorted((t for t in tokenizer.all_special_tokens if t), key=len, reverse=True)
+        self._special_ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self._to_hide = re.compile("|".join(re.escape(t) for t in (*self._specials, "\ue000")))
         self._ahead: dict[str, list[int]] = {}
         self._prefix, self._middle, self._suffix = self._frame()
         num_frame = len(self._prefix) + len(self._middle) + len(self._suffix)
@@ -117,7 +119,17 @@ class Encoder:
         if not texts:
             return []
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return list(self.tokenizer(texts, **options)["input_ids"])
+        rows = list(self.tokenizer(texts, **options)["input_ids"])
+        # Unigram vocabularies hold the special tokens as pieces, and find them in a text all the same.
+        meant = [i for i, row in enumerate(rows) if not self._special_ids.isdisjoint(row)]
+        for i in meant:
+            rows[i] = self.tokenizer(self._broken_up(texts[i]), **options)["input_ids"]
+        return rows
+
+    def _broken_up(self, text: str) -> str:
+        for special in self._specials:
+            text = text.replace(special, f"{special[0]} {special[1:]}")
+        return text
 
     def _frame(self) -> tuple[list[int], list[int], list[int]]:
         """The special tokens that the tokenizer puts before, between and after two texts (or around one)."""
@@ -168,11 +180,11 @@ class Encoder:
         return ids
 
     def _hide(self, content: str, hidden: list[str]) -> str:
-        for special in self._specials:
-            while special in content:
-                content = content.replace(special, f"\ue000{len(hidden)}\ue001", 1)
-                hidden.append(special)
-        return content
+        def placeholder(found: re.Match[str]) -> str:
+            hidden.append(found[0])
+            return f"\ue000{len(hidden) - 1}\ue001"
+
+        return self._to_hide.sub(placeholder, content)
 
 
 def side(preference: Preference, which: str) -> Conversation:

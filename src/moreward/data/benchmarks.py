@@ -19,7 +19,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from moreward.data.formats import Judged, Row, RowError, Shape, assistant, explicit, required, text_of, transcript, user
@@ -99,12 +99,20 @@ BENCHMARKS: Mapping[str, Shape] = {
 
 @dataclass(frozen=True, slots=True)
 class Oasst:
-    """Pairs from message trees. Every message read is counted once in `messages`, under what became of it."""
+    """Pairs from message trees. `fate` says of every message read, by its id, what became of it."""
 
     preferences: list[Preference]
-    num_messages: int
+    fate: Mapping[str, str]
     num_ties: int = 0
-    messages: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_messages(self) -> int:
+        return len(self.fate)
+
+    @property
+    def messages(self) -> Mapping[str, int]:
+        """How many messages had each fate."""
+        return Counter(self.fate.values())
 
 
 def oasst(rows: Iterable[Row], *, lang: str = "en") -> Oasst:
@@ -136,7 +144,7 @@ def oasst(rows: Iterable[Row], *, lang: str = "en") -> Oasst:
         preferences += [_preference(prompt, better, worse, len(siblings)) for better, worse in differing]
         in_pairs = {row["message_id"] for pair in differing for row in pair}
         fate |= {row["message_id"]: "used" if row["message_id"] in in_pairs else "alone" for row in siblings}
-    return Oasst(preferences, len(messages), num_ties, Counter(fate.values()))
+    return Oasst(preferences, fate, num_ties)
 
 
 def _fate(row: Row, messages: Mapping[str, Row], lang: str) -> str:

@@ -28,14 +28,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from moreward.data.benchmarks import BENCHMARKS
+from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
 from moreward.data.sources import READERS, BadRow, RawRow, expand, read_rows
 from moreward.errors import DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
 
 FORMATS: Mapping[str, Shape] = {**SHAPES, **BENCHMARKS}
-"""What `--format` and `shape=` may name."""
+"""What `--format` and `shape=` may name, beside `oasst`."""
+
+OASST = "oasst"
+_OASST_FIELDS = frozenset(["message_id", "parent_id", "message_tree_id", "text", "role", "lang"])
 
 NOT_BAD = frozenset({"duplicate", "identical", "tie"})
 """Reasons that say nothing against the file: such rows do not count towards `max_bad_share`."""
@@ -219,7 +222,7 @@ def load_preferences(
 
     Args:
         patterns: see `sources.expand`.
-        shape: a name in `FORMATS`; by default every row's shape is detected.
+        shape: a name in `FORMATS`, or `oasst`; by default every row's shape is detected.
         fields: our column names to the files' own, such as `{"prompt": "question"}`.
         domain: the domain of rows that name none.
         domain_key: a column that names the domain where `domain` does not.
@@ -231,6 +234,8 @@ def load_preferences(
         DataError: nothing to read, too many bad rows, a domain of which no row is left, a margin in some
             rows only, or a file that ends early.
     """
+    if shape == OASST:
+        return _load_oasst(patterns, domain or OASST)
     rules = _Rules(
         shape=find_shape(shape, FORMATS) if shape else None,
         fields=fields,
@@ -249,6 +254,24 @@ def load_preferences(
         raise DataError(f"No row is left of domain {', '.join(lost)}.{_examples(loaded.quarantine, lost)}")
     _check_margins(loaded.preferences)
     return loaded
+
+
+def _load_oasst(patterns: str | Path | Sequence[str | Path], domain: str) -> Loaded:
+    """Message trees: the one format whose rows make pairs only together. A message that stands in no pair is in the
+    quarantine with its fate, which says nothing against the file."""
+    items = [item for path in expand(patterns) for item in read_rows(path)]
+    rows = [item for item in items if isinstance(item, RawRow)]
+    for row in rows:
+        if missing := sorted(_OASST_FIELDS - set(row.row)):
+            raise DataError(f"{row.file}:{row.line}: not an OpenAssistant message: {', '.join(missing)} missing")
+    made = oasst(row.row for row in rows)
+    quarantine = [
+        Quarantined(bad.file, bad.line, domain, bad.reason, "", bad.detail) for bad in items if isinstance(bad, BadRow)
+    ]
+    unused = [(row, made.fate[row.row["message_id"]]) for row in rows]
+    quarantine += [Quarantined(row.file, row.line, domain, fate, "", "") for row, fate in unused if fate != "used"]
+    preferences = [replace(p, domain=domain) for p in made.preferences]
+    return Loaded(preferences, quarantine, len(items), len(items) - len(quarantine), made.num_ties)
 
 
 def _key(preference: Preference) -> str:

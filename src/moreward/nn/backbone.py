@@ -163,15 +163,20 @@ class Backbone(nn.Module):
                 f"backbone {name!r} cannot be loaded as an encoder or decoder: {_first_line(error)} "
                 "Give a directory with config.json and model.safetensors, a hub name, or 'minilm'."
             ) from error
+        if model.config.is_encoder_decoder:
+            raise BackboneError(
+                f"backbone {name!r} is an encoder-decoder ({model.config.model_type}); give an encoder or a decoder."
+            )
         prefix = f"{model.base_model_prefix}."
-        lost = [k for k in info["missing_keys"] if k.startswith(prefix) and "pooler" not in k]
+        random = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        lost = sorted(k for k in random if k.startswith(prefix) and "pooler" not in k)
         if lost:
             raise BackboneError(
-                f"backbone {name!r}: {len(lost)} tensors of the transformer are not in the weights, e.g. {lost[0]!r}; "
-                "they would be random. Is config.json of another model?"
+                f"backbone {name!r}: {len(lost)} tensors of the transformer are not in the weights, or of another "
+                f"shape, e.g. {lost[0]!r}; they would be random. Is config.json of another model?"
             )
         backbone = cls(model, pooling=pooling, name=name)
-        new = {k.removeprefix("" if backbone.pooling == "own" else prefix) for k in info["missing_keys"]}
+        new = {k.removeprefix("" if backbone.pooling == "own" else prefix) for k in random}
         backbone.pretrained = frozenset(k for k in backbone.model.state_dict() if k not in new)
         return backbone
 

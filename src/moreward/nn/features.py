@@ -93,20 +93,35 @@ class FeatureStore:
         keys, self._unsaved = self._unsaved, []
         name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
-        tensors = {"hidden_ND": torch.stack([self._vectors[k] for k in keys])}
-        save_file(tensors, temporary, metadata={"keys": json.dumps([k.hex() for k in keys])})
+        hidden_ND = torch.stack([self._vectors[k] for k in keys])
+        told = {"keys": json.dumps([k.hex() for k in keys]), "digest": _digest(hidden_ND)}
+        save_file({"hidden_ND": hidden_ND}, temporary, metadata=told)
         temporary.replace(self.folder / f"{name}.safetensors")
 
     def _read(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         for path in sorted(folder.glob("*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as file:
-                    keys = [bytes.fromhex(k) for k in json.loads(file.metadata()["keys"])]
-                    self._vectors.update(zip(keys, file.get_tensor("hidden_ND"), strict=True))
-            except SafetensorError:
+                self._vectors.update(_read_file(path))
+            except (SafetensorError, ValueError):
                 path.unlink()  # a damaged cache file costs only the time to compute it again
+
+
+def _read_file(path: Path) -> dict[bytes, Tensor]:
+    """Vectors by key. Raises SafetensorError or ValueError for a file that is not as it was written."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata() or {}
+        hidden_ND = file.get_tensor("hidden_ND")
+    if told.get("digest") != _digest(hidden_ND):
+        raise ValueError(f"{path}: the vectors are not those that were written")
+    return dict(zip((bytes.fromhex(k) for k in json.loads(told["keys"])), hidden_ND, strict=True))
+
+
+def _digest(hidden_ND: Tensor) -> str:
+    return hashlib.blake2b(hidden_ND.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _key(text: list[int]) -> bytes:

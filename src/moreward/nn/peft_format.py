@@ -33,14 +33,15 @@ def write_adapter(
 ) -> None:
     """Write adapter `name` with its head, so that plain PEFT gives the expert's standardised reward.
 
-    A linear head on pooling `own` or `last` is a sequence classifier's: mean and unit are folded into it, but for
-    decoders, whose classifiers have no bias, the constant lies in `calibration.json` as `offset`. Everything else has
-    no `*ForSequenceClassification`: then the directory adapts the bare transformer and the head lies beside it.
+    A linear head on the architecture's own pooling (`last` for decoders) is a sequence classifier's: mean and unit are
+    folded into it, but for decoders, whose classifiers have no bias, the constant lies in `calibration.json` as
+    `offset`. Everything else has no `*ForSequenceClassification`: then the directory adapts the bare transformer and
+    the head lies beside it.
     """
     bank = backbone.bank
     assert bank is not None
     folder.mkdir(parents=True)
-    is_classifier = backbone.pooling in ("own", "last") and len(head.layers) == 1
+    is_classifier = _pools_as_classifier(backbone) and len(head.layers) == 1
     whole = _whole_modules(backbone) if is_classifier else []
     kept = [m for m in bank.shapes if not any(m == w or m.startswith(f"{w}.") for w in whole)]
     path = _path_in_file(backbone, is_classifier)
@@ -87,26 +88,42 @@ def read_adapter(folder: Path, backbone: Backbone, name: str) -> RewardHead:
             f"{folder}: rank {config['r']} and alpha {config['lora_alpha']}, the bank has {bank.rank} and {bank.alpha}"
         )
     is_classifier = config["task_type"] == "SEQ_CLS"
+    if is_classifier and not _pools_as_classifier(backbone):
+        raise RunError(f"{folder}: a sequence classifier, but the backbone's pooling is {backbone.pooling!r}")
     path = _path_in_file(backbone, is_classifier)
     tensors = {k.removeprefix(PREFIX): v for k, v in load_file(folder / WEIGHTS).items()}
     head = RewardHead(backbone.hidden_size, "linear")
     with torch.no_grad():
         if is_classifier:
             _read_head(folder, head, backbone, tensors)
-        adapter = bank.add(name)
-        for module in bank.shapes:
-            key = parameter_key(module)
-            pair = [tensors.pop(f"{path}{module}.lora_{which}.weight", None) for which in ("A", "B")]
-            if pair[0] is None:
-                pair = list(_taken_apart(folder, backbone, bank, tensors.pop(f"{path}{module}.weight", None), module))
-            adapter.A[key].copy_(pair[0])
-            adapter.B[key].copy_(pair[1])
+        pairs = {module: _read_pair(folder, backbone, tensors, path, module) for module in bank.shapes}
     left = [k for k in tensors if not _is_unchanged(backbone, k.removeprefix(path), tensors[k])]
     if left:
         raise RunError(
             f"{folder}: tensors that this backbone and bank have no place for: {', '.join(sorted(left)[:5])}"
         )
-    return head if is_classifier else _beside(folder, head, backbone)
+    head = head if is_classifier else _beside(folder, head, backbone)
+    adapter = bank.add(name)
+    with torch.no_grad():
+        for module, (A_RI, B_OR) in pairs.items():
+            adapter.A[parameter_key(module)].copy_(A_RI)
+            adapter.B[parameter_key(module)].copy_(B_OR)
+    return head
+
+
+def _read_pair(
+    folder: Path, backbone: Backbone, tensors: dict[str, Tensor], path: str, module: str
+) -> tuple[Tensor, Tensor]:
+    """Take A and B of a layer out of `tensors`; zeros where the adapter leaves the layer alone."""
+    bank = backbone.bank
+    assert bank is not None
+    A_RI, B_OR = (tensors.pop(f"{path}{module}.lora_{which}.weight", None) for which in ("A", "B"))
+    if A_RI is None and B_OR is None:
+        return _taken_apart(folder, backbone, bank, tensors.pop(f"{path}{module}.weight", None), module)
+    num_in, num_out = bank.shapes[module]
+    if A_RI is None or B_OR is None or (A_RI.shape, B_OR.shape) != ((bank.rank, num_in), (num_out, bank.rank)):
+        raise RunError(f"{folder}: layer {module!r} needs A of {bank.rank}×{num_in} and B of {num_out}×{bank.rank}")
+    return A_RI, B_OR
 
 
 def _read_head(folder: Path, head: RewardHead, backbone: Backbone, tensors: dict[str, Tensor]) -> None:
@@ -123,6 +140,8 @@ def _read_head(folder: Path, head: RewardHead, backbone: Backbone, tensors: dict
 def _beside(folder: Path, head: RewardHead, backbone: Backbone) -> RewardHead:
     from safetensors.torch import load_file
 
+    if not (folder / HEAD).is_file():
+        raise RunError(f"{folder}: the reward head is missing: no {HEAD}")
     stored = load_file(folder / HEAD)
     if len({k.split(".")[1] for k in stored if k.startswith("layers.")}) > 1:
         head = RewardHead(backbone.hidden_size, "mlp")
@@ -156,6 +175,10 @@ def _taken_apart(
 def _is_unchanged(backbone: Backbone, name: str, value: Tensor) -> bool:
     own = backbone.model.state_dict().get(name)
     return own is not None and torch.equal(own, value)
+
+
+def _pools_as_classifier(backbone: Backbone) -> bool:
+    return backbone.pooling == ("last" if backbone.is_decoder else "own")
 
 
 def _path_in_file(backbone: Backbone, is_classifier: bool) -> str:

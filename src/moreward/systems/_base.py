@@ -108,6 +108,11 @@ class System(nn.Module):
         self.domains = tuple(domains)
         self.expert_names = expert_names(domains)
 
+    @property
+    def expert_labels(self) -> tuple[str, ...]:
+        """What users call the experts: the domain of each; empty where there is nothing to choose from."""
+        return self.domains if self.routes_by_domain else ()
+
     def forward(self, batch: Batch) -> Rewards:
         raise NotImplementedError
 
@@ -233,8 +238,10 @@ def own_copy(backbone: Backbone, tune: str) -> Backbone:
     return backbone if tune == "frozen" else copy.deepcopy(backbone)
 
 
-def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequence[str], seed: int = 0) -> None:
-    """Bring the backbone into the state that `tune` names: with adapters, with kept features, or as it is."""
+def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequence[str]) -> None:
+    """Bring the backbone into the state that `tune` names: with adapters, with kept features, or as it is.
+
+    An adapter's start follows torch's seed and its own name, not the order of creation."""
     if config.tune == "lora":
         assert isinstance(config, LoRAConfig)
         bank = LoRABank(
@@ -244,7 +251,7 @@ def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequenc
             dropout=config.dropout,
             targets=config.targets,
             top_layers=config.adapter_layers,
-            seed=seed,
+            seed=torch.initial_seed(),
         )
         for name in adapters:
             bank.add(name)

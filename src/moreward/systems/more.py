@@ -63,6 +63,10 @@ class Recipe(System):
         self.head = RewardHead(size, "linear")
         self.standardize = Standardize()
 
+    @property
+    def expert_labels(self) -> tuple[str, ...]:
+        return tuple(f"ffn{i}" for i in range(self.config.num_experts))
+
     def forward(self, batch: Batch) -> Rewards:
         hidden_ND = self.norm_in(self.backbone(batch.ids_NT, batch.mask_NT))
         with torch.autocast(hidden_ND.device.type, enabled=False):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
+from moreward.data.load import assert_no_leak, check_domains, load_preferences
 from moreward.data.split import split_by_group
 from moreward.errors import ConfigError, RunError
 from moreward.nn.backbone import Backbone
@@ -65,14 +66,16 @@ def extend(
         raise ConfigError(f"domain {domain!r} exists. The run has: {', '.join(card['domains'])}.")
     before = load(parent, backbone=backbone)
     config = _config(old, out or f"{parent}+{domain}", backbone, changes or {})
-    pairs, old_pairs = _pairs(old, config, domain, data, old_data)
+    additions = [*card.get("additions", []), {"domain": domain, "data": list(data)}]
+    old_pairs = _old_pairs(old, card, old_data)
+    pairs = _with_addition(old_pairs, old, additions[-1])
     reporter = reporter or Silent()
     open_run(config)
     work = _work(before, config, [*card["domains"], domain], pairs, reporter)
     assert isinstance(work.system, RoutedSystem)
     stages = [work.system.expert_stage(domain, work.pairwise), work.system.router_stage()]
     reports = work.fit(stages)
-    work.write(reports, parent={"run": str(parent), "model": before.identity}, added=domain)
+    work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
     new_val = [p for p in pairs.val if p.domain == domain]
     return Extension(Path(config.out), parent, domain, old_pairs.val, new_val, difference, num_golden)
@@ -86,23 +89,39 @@ def _config(old: RunConfig, out: str | Path, backbone: str | None, changes: Mapp
     return resolve(told)
 
 
-def _pairs(
-    old: RunConfig, config: RunConfig, domain: str, data: Sequence[str], old_data: Sequence[str]
-) -> tuple[Pairs, Pairs]:
-    """Pairs of all domains, and those of the old ones alone."""
-    from moreward.data.load import assert_no_leak, load_preferences
-
+def _old_pairs(old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str]) -> Pairs:
+    """The pairs that the old run was trained on, its own extensions included, as they were then."""
     told = old.data.model_copy(update={"train": tuple(old_data), "val": ()} if old_data else {})
-    before = read_pairs(old.model_copy(update={"data": told, "out": ""}))
-    loaded = load_preferences(list(data), domain_map={"*": domain}, max_bad_share=old.data.max_bad_share)
-    wrong = sorted({p.domain for p in loaded.preferences} - {domain})
-    if wrong:
-        raise ConfigError(f"--data holds rows of domains {wrong}, not only {domain!r}. Give one domain's file.")
+    pairs = read_pairs(old.model_copy(update={"data": told}))
+    if old_data:
+        check_domains(pairs.train, card["domains"])
+    else:
+        for addition in card.get("additions", []):
+            pairs = _with_addition(pairs, old, addition)
+        if pairs.sha256() != card["data"]["data_sha256"]:
+            raise RunError(
+                f"the data that this run was trained on has changed since ({', '.join(old.data.train)}). "
+                "Say with --old-data which pairs of the old domains the router should learn from."
+            )
+    missing = sorted(set(card["domains"]) - {p.domain for p in pairs.train})
+    if missing:
+        raise RunError(f"--old-data: no pair of domain {', '.join(missing)}; the router would forget it")
+    return pairs
+
+
+def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) -> Pairs:
+    """`pairs` and those of one more domain, a share of them held out."""
+    domain = addition["domain"]
+    loaded = load_preferences(
+        addition["data"], domain_map={"*": domain}, max_bad_share=old.data.max_bad_share, shape=old.data.shape
+    )
+    check_domains(loaded.preferences, [domain])
     share = old.data.val_fraction
-    sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
-    assert_no_leak(before.train, sides["val"])
-    both = Pairs([*before.train, *sides["train"]], [*before.val, *sides["val"]], before.report)
-    return both, before
+    sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=old.seed)
+    assert_no_leak(pairs.train, sides["val"])
+    assert_no_leak(sides["train"], pairs.val)
+    quarantine = [*pairs.quarantine, *loaded.quarantine]
+    return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], pairs.report, quarantine)
 
 
 def _work(before: Scorer, config: RunConfig, domains: Sequence[str], pairs: Pairs, reporter: Reporter) -> Work:

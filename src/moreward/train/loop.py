@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 STANDARDIZE_PAIRS = 512
 LOG_EVERY = 10
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,13 +352,16 @@ def schedule(config: TrainConfig, step: int, num_steps: int) -> float:
 
 def make_accelerator(config: TrainConfig, folder: str) -> Accelerator:
     """The process group and device; refuses another number of processes than asked, and bf16 without hardware."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         log_with=list(config.trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
     )
     if config.processes is not None and accelerator.num_processes != config.processes:
         raise ConfigError(

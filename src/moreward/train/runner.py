@@ -28,7 +28,7 @@ from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.features import FeatureStore, cache_folder
 from moreward.nn.losses import PairwiseLoss
-from moreward.registry import find_recipe
+from moreward.registry import find_recipe, near
 from moreward.runs import write_model
 from moreward.scoring import Scorer
 from moreward.systems._base import Stage, System
@@ -57,6 +57,10 @@ class Pairs:
     val: list[Preference]
     report: dict[str, Any] = field(default_factory=dict)
     quarantine: list[Quarantined] = field(default_factory=list)
+
+    def sha256(self) -> str:
+        """One hash over what is learned from, in order."""
+        return _sha256([(p.prompt, p.chosen, p.rejected, p.domain, p.margin) for p in (*self.train, *self.val)])
 
 
 def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
@@ -141,14 +145,14 @@ def open_run(config: RunConfig) -> Path:
     if (run / "model" / "moreward.json").exists():
         raise RunError(f"{run}: holds a finished run. Choose another out, or remove the folder to train it again.")
     run.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     stored = run / "config.yaml"
-    if stored.exists() and (differs := _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config)):
+    if not (stored.exists() and (run / "checkpoints").exists()):  # nothing is trained yet; a kill may have cut the file
+        stored.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    elif differs := _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config):
         raise RunError(
             f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
             "Start it with the old one, choose another out, or remove the folder."
         )
-    stored.write_text(text, encoding="utf-8")
     return run
 
 
@@ -183,6 +187,7 @@ class Work:
         self.config, self.run, self.system, self.encoder = config, run, system, encoder
         self.pairs, self.domains, self.reporter = pairs, tuple(domains), reporter
         told = config.train
+        _check_metric(told.metric, self.domains)
         self.pairwise = PairwiseLoss(label_smoothing=told.label_smoothing, centering=told.centering)
         self.accelerator = make_accelerator(told, str(run))
         self.started = time.monotonic()
@@ -229,8 +234,10 @@ class Work:
         if stage.standardize is not None:
             mine = {id(b) for b in stage.standardize.buffers()}
             names |= {k: b for k, b in self.system.named_buffers() if id(b) in mine}
-        fit = Fit(stage, names, self._seen_by(stage, self.train), self._seen_by(stage, self.val), around, store)
-        return fit.run()
+        train, val = self._seen_by(stage, self.train), self._seen_by(stage, self.val)
+        if not val:
+            self.reporter.say(f"{stage.name}: no held-out pair; trained without evaluation, the last weights are kept")
+        return Fit(stage, names, train, val, around, store).run()
 
     def _seen_by(self, stage: Stage, pairs: EncodedSet) -> list[EncodedPair]:
         return [p for p in pairs.pairs if stage.select(p.preference)]
@@ -252,10 +259,9 @@ class Work:
 
     def _hashes(self) -> dict[str, str]:
         flat = {k: v for k, v in self.config.flat().items() if k not in NOT_OF_THE_RESULT}
-        rows = [(p.prompt, p.chosen, p.rejected, p.domain, p.margin) for p in (*self.pairs.train, *self.pairs.val)]
         return {
             "config_sha256": _sha256(flat),
-            "data_sha256": _sha256(rows),
+            "data_sha256": self.pairs.sha256(),
             "backbone_sha256": directory_sha256(self.config.backbone),
         }
 
@@ -277,7 +283,7 @@ class Work:
             "recipe": self.config.recipe,
             "paper": self.system.paper,
             "domains": list(self.domains),
-            "experts": list(self.system.expert_names) if self.system.routes_by_domain else [],
+            "experts": list(self.system.expert_labels),
             "config": self.config.model_dump(mode="json"),
             "deviations_from_paper": deviations(self.config),
             "backbone": {
@@ -322,11 +328,18 @@ def feature_store(name: str, backbone: Backbone) -> FeatureStore:
 
 
 def golden_items(preferences: Sequence[Preference]) -> list[Conversation]:
-    """Evenly spaced pairs, both sides, over all domains."""
+    """Evenly spaced pairs, both sides, over all domains; without tools, which are not stored with them."""
     ordered = sorted(preferences, key=lambda p: (p.domain, p.name))
     stride = max(1, len(ordered) * 2 // NUM_GOLDEN)
     chosen = ordered[::stride][: NUM_GOLDEN // 2]
-    return [side(p, which) for p in chosen for which in ("chosen", "rejected")]
+    items = [side(p, which) for p in chosen for which in ("chosen", "rejected")]
+    return [Conversation(prompt=item.prompt, response=item.response) for item in items]
+
+
+def _check_metric(metric: str, domains: Sequence[str]) -> None:
+    known = ["mean", "micro", "loss", *domains]
+    if metric not in known:
+        raise ConfigError(f"train.metric: {metric!r} is no measure and no domain of the data.{near(metric, known)}")
 
 
 def _without_margin(preference: Preference) -> Preference:
