@@ -250,7 +250,7 @@ def test_without_explaining_no_expert_is_asked_in_vain(scorer: Scorer, items: li
     assert all(not r.expert_rewards for r in rewards)
 
 
-@pytest.mark.parametrize("recipe", ["baseline", "more"])
+@pytest.mark.parametrize("recipe", ["baseline", "base_lora"])
 def test_a_system_without_experts_gives_bare_rewards(recipe: str, make: Make, items: list[Conversation]) -> None:
     scorer = load(make(recipe))
     assert scorer.experts == ()

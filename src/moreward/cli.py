@@ -131,16 +131,21 @@ def compare(
     from moreward.report import markdown_systems, render_systems
 
     preferences = _load_pairs(data, None)
+    named = {path.name: path for path in runs}
+    if len(named) < len(runs):  # folders of one name
+        named = {str(path): path for path in runs}
     results = {
-        path.name: _evaluate(path, preferences, truncate=truncate, backbone=backbone, device=device) for path in runs
+        name: _evaluate(path, preferences, truncate=truncate, backbone=backbone, device=device)
+        for name, path in named.items()
     }
     _check_same_pairs(results)
     first = next(iter(results.values()))
     groups, domains = [p.prompt_group for p in first.preferences], [p.domain for p in first.preferences]
     correct = {name: r.correct for name, r in results.items()}
-    base = Path(baseline).name if baseline else runs[0].name
-    if base not in correct:
-        raise typer.BadParameter(f"{base!r} is not among the runs {', '.join(correct)}", param_hint="--baseline")
+    wanted = Path(baseline) if baseline else runs[0]
+    base = next((name for name, path in named.items() if path == wanted or name == wanted.name), None)
+    if base is None:
+        raise typer.BadParameter(f"{baseline!r} is not among the runs {', '.join(correct)}", param_hint="--baseline")
     comparison = compare_systems(correct, groups, domains, baseline=base) if len(correct) > 1 else None
     evaluations = {name: r.evaluation for name, r in results.items()}
     if as_json:
@@ -282,9 +287,10 @@ def main() -> None:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}" if not line.startswith(" ") else line, err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped; start the same command again to go on", err=True)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            typer.echo("stopped; start the same command again to go on", err=True)
+        raise
 
 
 def _load(run: Path, *, truncate: bool, backbone: str | None, device: str = "auto") -> Any:

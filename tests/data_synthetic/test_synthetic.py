@@ -82,7 +82,6 @@ def _accuracies(splits: dict[str, list[Preference]], features: Callable[[Prefere
     shared_w = _logistic(np.concatenate(list(train.values())))
     shared = [float((test[d] @ shared_w > 0).mean()) for d in DOMAINS]
     apart = [float((test[d] @ _logistic(train[d]) > 0).mean()) for d in DOMAINS]
-    print("shared", np.round(shared, 3), "per domain", np.round(apart, 3))
     return float(np.mean(shared)), float(np.min(apart))
 
 
@@ -111,7 +110,6 @@ def test_every_level_of_every_capability_can_be_read_from_the_text(splits: dict[
     unseen_NF, truth_NC = bags_and_levels(splits["test"])
     w_FC = np.linalg.solve(x_NF.T @ x_NF + 5 * np.eye(x_NF.shape[1], dtype=np.float32), x_NF.T @ (y_NC - y_NC.mean(0)))
     error_C = ((unseen_NF @ w_FC + y_NC.mean(0) - truth_NC) ** 2).mean(0) / truth_NC.var(0)
-    print("unexplained", dict(zip(CAPABILITIES, np.round(error_C, 3), strict=True)))
     assert (error_C < 0.25).all()
 
 
@@ -124,7 +122,6 @@ def test_a_router_finds_the_domain_of_clear_prompts_and_must_guess_the_ambiguous
     right: dict[bool, list[bool]] = defaultdict(list)
     for pair in splits["test"]:
         right[pair.meta["ambiguous"]].append(DOMAINS[int((_bag(pair.prompt) @ w_FE).argmax())] == pair.domain)
-    print({key: (np.mean(value), len(value)) for key, value in right.items()})
     assert np.mean(right[False]) > 0.99
     assert np.mean(right[True]) < 0.8
     assert 0.03 < len(right[True]) / len(splits["test"]) < 0.07
@@ -138,7 +135,6 @@ def test_longer_wins_in_some_domains_loses_in_others_and_is_a_coin_toss_overall(
         for pairs in [splits["train"]]
         for domain in DOMAINS
     }
-    print({domain: round(float(share), 3) for domain, share in longer.items()})
     assert abs(np.mean(list(longer.values())) - 0.5) < 0.05
     assert min(longer.values()) < 0.4
     assert max(longer.values()) > 0.6

@@ -45,7 +45,7 @@ def test_loss_and_gradient_are_finite_however_far_apart_the_rewards_are(delta: f
     expected = -(1 - smoothing) if delta < 0 else smoothing
     assert float(reward_N.grad[0]) == pytest.approx(expected, abs=1e-6)
     if not smoothing:
-        assert float(outcome.loss_B) == pytest.approx(max(-delta, 0.0), abs=1e-6)
+        assert float(outcome.loss_B.detach()) == pytest.approx(max(-delta, 0.0), abs=1e-6)
 
 
 @given(

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,46 @@ def test_nothing_outside_learn_moves(encoded: list[EncodedPair], tmp_path: Path)
     made.run()
     assert torch.equal(made.bag.tokens.weight, start["tokens.weight"])
     assert not torch.equal(made.bag.head.weight, start["head.weight"])
+
+
+class OneOfMany:
+    """What one of several processes sees of the others: sums are taken by the test."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.process_index, self.num_processes = rank, world
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def no_sync(self, model: nn.Module) -> Any:
+        return nullcontext()
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        return values
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_share_the_pairs_of_a_step_without_counting_one_twice(
+    world: int, num_rows: int, accumulate: int, encoded: list[EncodedPair], tmp_path: Path
+) -> None:
+    rows = list(range(5, 5 + num_rows))
+    alone = fitting(tmp_path / "alone", encoded)
+    counts = torch.tensor(alone.fit._backward(alone.bag, rows))
+    shared, gradients = torch.zeros(3), {k: torch.zeros_like(p) for k, p in alone.bag.named_parameters()}
+    for rank in range(world):
+        made = fitting(tmp_path / str(rank), encoded, accumulate=accumulate)
+        made.fit.accelerator = OneOfMany(rank, world)  # type: ignore[assignment]
+        shared += torch.tensor(made.fit._backward(made.bag, rows))
+        for name, p in made.bag.named_parameters():
+            assert p.grad is not None, "every process takes part in every step"
+            gradients[name] += p.grad / world  # what DDP makes of them
+    torch.testing.assert_close(shared, counts)
+    for name, p in alone.bag.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad)
 
 
 # ---------------------------------------------------------------- the learning rate
@@ -462,7 +503,7 @@ def test_a_stage_cut_anywhere_ends_with_the_same_bits(
     whole = fitting(tmp_path / "whole", *sides, epochs=3, **settings)
     report = whole.run()
     num_forwards = len(whole.bag.seen)
-    for cut in range(1, num_forwards, 2):
+    for cut in range(1, num_forwards, 1 + num_forwards // 16):
         folder = tmp_path / f"cut-{cut}"
         first = fitting(folder, *sides, epochs=3, **settings)
         first.bag.before = lambda first=first, cut=cut: _cut_at(first.bag, cut)

@@ -17,7 +17,6 @@ from moreward.data.split import split_by_group
 from moreward.errors import ConfigError, RunError
 from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
-from moreward.runs import model_folder, read_card
 from moreward.scoring import Scorer, load
 from moreward.systems._base import RoutedSystem
 from moreward.train.runner import Pairs, Work, make_encoder, open_run, read_pairs
@@ -57,14 +56,14 @@ def extend(
     per domain or the domain exists, RunError where the old data is not what it was.
     """
     parent = Path(run)
-    card = read_card(model_folder(parent))
+    before = load(parent, backbone=backbone)
+    card = before.card
     old = RunConfig.model_validate(card["config"])
     recipe = find_recipe(old.recipe)
     if not recipe.routes_by_domain:
         raise ConfigError(f"recipe {old.recipe!r} has no expert per domain, so it cannot be extended: train it again")
     if domain in card["domains"]:
         raise ConfigError(f"domain {domain!r} exists. The run has: {', '.join(card['domains'])}.")
-    before = load(parent, backbone=backbone)
     config = _config(old, out or f"{parent}+{domain}", backbone, changes or {})
     additions = [*card.get("additions", []), {"domain": domain, "data": list(data)}]
     old_pairs = _old_pairs(old, card, old_data)

@@ -181,7 +181,7 @@ class Fit:
                     loss = loss + outcome.extra * (len(part) / len(mine))
                 self.accelerator.backward(loss)
             counts = (outcome.loss_B.detach(), outcome.right_B, outcome.tie_B)
-            total += torch.stack([c.double().sum().cpu() for c in counts])
+            total += torch.stack([c.double().sum().cpu() for c in counts]) * (weight > 0)
         total = self._sum(total)
         return float(total[0]), int(total[1]), int(total[2])
 
