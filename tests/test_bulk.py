@@ -41,6 +41,7 @@ from moreward.types import Reward
 
 class BatchScorer:
     identity = "batch-scorer-1"
+    on_long = "drop"
 
     def __init__(self, seconds=0.0):
         self.seconds = seconds
@@ -86,8 +87,9 @@ BatchScorer = _scope["BatchScorer"]
 class TextScorer:
     """A reward of the text alone. Some responses make it fail or give no number."""
 
-    def __init__(self, identity: str = "text-scorer-1") -> None:
+    def __init__(self, identity: str = "text-scorer-1", on_long: str = "drop") -> None:
         self.identity = identity
+        self.on_long = on_long
         self.calls: list[list[str]] = []
 
     def score(self, items: Sequence[Conversation], *, explain: bool = False) -> list[Reward]:
@@ -203,6 +205,7 @@ BAD_ROWS: list[tuple[str | dict[str, object], str, str]] = [
     ({"messages": "text"}, "wrong_type", "messages: expected string or messages, got string"),
     ({"prompt": "p", "response": "r", "domain": 3}, "wrong_type", "domain: expected string, got int"),
     ({"prompt": "p", "response": "r", "tools": {}}, "wrong_type", "tools: expected list, got object"),
+    ({"prompt": "p", "response": "r", "tools": [{}, "add"]}, "wrong_type", "tools[1]: expected object, got string"),
     ({"prompt": "p", "response": "r", "id": 1.5}, "wrong_type", "id: expected string or int, got float"),
     ({"prompt": "p", "response": "r", "id": True}, "wrong_type", "got boolean"),
     ({"prompt": "p", "response": "poison"}, "not_scored", "cannot be encoded"),
@@ -472,6 +475,7 @@ def test_another_model_source_or_option_is_refused_and_nothing_changes(unfinishe
     before = {path: path.read_bytes() for path in folder.iterdir()}
     cases: list[tuple[str, Path, TextScorer, dict[str, Any]]] = [
         ("model was 'text-scorer-1', is 'text-scorer-2'", unfinished, TextScorer("text-scorer-2"), {"chunk": 3}),
+        ("on_long was 'drop', is 'truncate'.*overwrite", unfinished, TextScorer(on_long="truncate"), {"chunk": 3}),
         ("source was ", other, TextScorer(), {"chunk": 3}),
         ("chunk was 3, is 4", unfinished, TextScorer(), {"chunk": 4}),
         ("explain was False, is True", unfinished, TextScorer(), {"chunk": 3, "explain": True}),

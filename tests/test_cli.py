@@ -156,7 +156,7 @@ def test_train_eval_compare_score_extend_work_one_after_another(
 
     told = typed("eval", run, "--data", data, "--baseline", single)
     assert told.code == 0
-    assert all(word in told.out for word in ("long", "short", "oracle", "single model"))
+    assert all(word in told.out for word in ("long", "short", "oracle", "(baseline)", "Parameters stored"))
     compared = typed("compare", run, single, "--data", data, "--markdown")
     assert compared.code == 0
     assert "| " in compared.out

@@ -154,7 +154,7 @@ def test_the_training_example_compares_a_mixture_with_a_single_model(
 ) -> None:
     arguments = ["prefs/*.jsonl", "--test", "test/*.jsonl", "--out", "runs/example"]
     run_example(ROOT / "examples" / "train.py", arguments, monkeypatch)
-    assert "the single model of the same budget (single)" in " ".join(capsys.readouterr().out.split())
+    assert "is better than single in" in " ".join(capsys.readouterr().out.split())
     cards = [json.loads((here / "runs/example" / run / "model/moreward.json").read_text()) for run in RUNS]
     learnt = [sum(stage["parameters_trained"] for stage in card["stages"]) for card in cards]
     hidden = 32  # what the mixture has beside adapters: one more head, and a gate of two rows
@@ -242,7 +242,7 @@ def test_a_wrong_command_would_be_seen(words: list[str]) -> None:
 def test_the_commands_of_the_readme_run_and_say_what_is_promised(runs: dict[str, str]) -> None:
     said = {words.split()[0]: output for words, output in runs.items()}
     assert {"train", "eval", "score", "extend"} <= said.keys()
-    assert "the single model of the same budget" in " ".join(said["eval"].split())
+    assert "is better than single (baseline) in" in " ".join(said["eval"].split())
     assert "bit-identical" in said["extend"]
     assert Path("runs/a+legal/model/moreward.json").is_file()
     rewards = [json.loads(line) for line in Path("rewards.jsonl").read_text(encoding="utf-8").splitlines()]

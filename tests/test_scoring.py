@@ -26,7 +26,7 @@ from torch import Tensor
 import moreward
 from moreward import scoring
 from moreward.bulk import score_file
-from moreward.data.batches import conversation_batch, side
+from moreward.data.batches import Encoder, conversation_batch, side
 from moreward.errors import DataError, NonFiniteError, RunError
 from moreward.nn.features import FeatureStore
 from moreward.scoring import Scorer, judge_once, load
@@ -129,11 +129,35 @@ def test_every_way_to_write_an_item_is_the_same_item(scorer: Scorer) -> None:
         (7, r"items\[1\]: "),
         (None, r"items\[1\]: "),
         ("prompt", r"items\[1\]: "),
+        ({"prompt": "p", "response": "r", "tool": []}, r"items\[1\]: unknown key 'tool'\. Known: prompt, response"),
+        ({"prompt": "p", "response": "r", "tools": ["add"]}, r"items\[1\]: tools: expected a list of mappings"),
+        ({"prompt": "p", "response": "r", "chat_template_kwargs": 3}, r"items\[1\]: chat_template_kwargs: .* got int"),
+        ({"prompt": [{"content": "p"}], "response": "r"}, r"items\[1\]: message 0: role must be a string"),
+        (([{"role": "user", "content": ["p"]}], "r"), r"items\[1\]: message 0: content must be a string or None"),
+        ({"prompt": "p", "response": "\ud800"}, r"items\[1\]: .*surrogates not allowed"),
+        (Conversation(prompt=({"role": "user", "content": "\udfff"},), response="r"), r"items\[1\]: .*surrogates"),
     ],
 )
 def test_a_bad_item_is_named_by_its_index(item: Any, message: str, scorer: Scorer) -> None:
     with pytest.raises(DataError, match=message):
         scorer.score([("p", "r"), item])
+
+
+def test_a_mappings_tools_and_template_arguments_reach_the_template(make: Make) -> None:
+    scorer = load(make("arliss", "bert"))
+    tokenizer = scorer.encoder.tokenizer
+    tokenizer.chat_template = "{{ style }}{{ tools|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    scorer.encoder = Encoder(tokenizer, scorer.encoder.max_length)
+    turns = [{"role": "user", "content": "p"}]
+    item = {"prompt": turns, "response": "r", "tools": [{"type": "function"}] * 2, "meta": {"from": "here"}}
+    item["chat_template_kwargs"] = {"style": "short"}
+    told: list[str] = []
+    render = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *given, **more: told.append(render(*given, **more)) or told[-1]
+    scorer.score([item])
+    assert told[0] == "short2pr"
+    with pytest.raises(DataError, match=r"items\[1\]: chat template: .* not set tokenize"):
+        scorer.score([item, {**item, "chat_template_kwargs": {"tokenize": True}}])
 
 
 LONG = Conversation(prompt="Please tell me all. " * 40, response="It is calm.", id="row-9")

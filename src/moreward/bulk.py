@@ -42,6 +42,10 @@ class SupportsScore(Protocol):
     def identity(self) -> str:
         """A hash of the model, so that a resumed job never mixes the rewards of two."""
 
+    @property
+    def on_long(self) -> str:
+        """What happens to conversations beyond the model's limit: another job where it is another."""
+
     def score(self, items: Sequence[Conversation], *, explain: bool = False) -> list[Reward]:
         """One reward per item, in order. A MorewardError is taken to be about one of the items."""
 
@@ -95,7 +99,8 @@ def score_file(
     """
     started = time.monotonic()
     _check_arguments(source, target, chunk, max_bad_share)
-    output = _Output(target, job={"model": scorer.identity, "chunk": chunk, "explain": explain})
+    job = {"model": scorer.identity, "on_long": scorer.on_long, "chunk": chunk, "explain": explain}
+    output = _Output(target, job)
     output.refuse_finished(overwrite)
     scan = _scan(source)
     output.job["source"] = sha256_file(source)
@@ -329,7 +334,7 @@ def _conversation(value: dict[str, Any], row_id: str) -> Conversation:
         response=response,
         id=row_id,
         domain=_optional(value, "domain", str, ""),
-        tools=_optional(value, "tools", list, None),
+        tools=_tools(value),
         chat_template_kwargs=_optional(value, "chat_template_kwargs", dict, {}),
     )
 
@@ -354,6 +359,14 @@ def _optional(value: dict[str, Any], name: str, kind: type, default: Any) -> Any
     if given is not None and not isinstance(given, kind):
         raise _BadRow("wrong_type", f"{name}: expected {_kind(kind())}, got {_kind(given)}")
     return default if given is None else given
+
+
+def _tools(value: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools: list[Any] | None = _optional(value, "tools", list, None)
+    for place, tool in enumerate(tools or []):
+        if not isinstance(tool, dict):
+            raise _BadRow("wrong_type", f"tools[{place}]: expected object, got {_kind(tool)}")
+    return tools
 
 
 def _text(value: Any, name: str) -> Text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from moreward.errors import MorewardError
 
 if TYPE_CHECKING:
     from moreward.evals.run import Result
+    from moreward.scoring import Scorer
     from moreward.types import Preference
 
 app = typer.Typer(
@@ -63,6 +63,7 @@ def train(
 ) -> None:
     """Train a run. Given the folder of one that was cut short, go on with it."""
     from moreward.config import merge, parse_assignments, read_config
+    from moreward.train.runner import is_main_process
     from moreward.train.runner import train as train_run
     from moreward.train.track import Console, Silent
 
@@ -70,7 +71,7 @@ def train(
     stored = first / "config.yaml" if first.is_dir() else first
     given = {} if "=" in words[0] else read_config(stored)
     given = merge(given, parse_assignments(words[1:] if given else words))
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process()
     run = train_run(given, reporter=Console() if is_main else Silent())
     if is_main:
         typer.echo(f"trained: {run}\nnext:    moreward eval {run} --data TEST.jsonl")
@@ -86,32 +87,36 @@ def evaluate(
     backbone: BackboneDir = None,
     device: Device = "auto",
     domain_key: Annotated[str | None, typer.Option(help="The column that names the domain.")] = None,
+    shape: Annotated[str | None, typer.Option("--format", help="Row shape; auto detects. Default: as trained.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random router.")] = 0,
 ) -> None:
     """Say per domain how good a run is, with intervals, and whether it beats a single model."""
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import render_evaluation
 
-    preferences = _load_pairs(data, domain_key)
-    runs = {"system": run, **({"single model": baseline} if baseline else {})}
+    preferences = _load_pairs(data, run, domain_key=domain_key, shape=shape)
+    base = f"{baseline.name} (baseline)" if baseline else ""
+    runs = {run.name: run, **({base: baseline} if baseline else {})}
     results = {
         name: _evaluate(path, preferences, truncate=truncate, backbone=backbone, device=device, seed=seed)
         for name, path in runs.items()
     }
-    result = results["system"]
+    result = results[run.name]
     comparison = None
     if baseline:
         _check_same_pairs(results)
         groups, domains = [p.prompt_group for p in result.preferences], [p.domain for p in result.preferences]
         correct = {name: r.correct for name, r in results.items()}
-        comparison = compare_systems(correct, groups, domains, baseline="single model")
+        comparison = compare_systems(correct, groups, domains, baseline=base)
     if as_json:
         told: dict[str, Any] = {"evaluation": result.evaluation.to_json(), "routing": result.routing.to_json()}
         told |= {"too_long": dict(result.too_long)}
         told |= {"comparison": comparison.to_json()} if comparison else {}
         typer.echo(json.dumps(told, indent=1))
         return
-    typer.echo(render_evaluation(result.evaluation, result.routing, comparison, name="system" if baseline else ""))
+    typer.echo(render_evaluation(result.evaluation, result.routing, comparison, name=run.name if baseline else ""))
+    if baseline:
+        typer.echo(_budgets(results))
     _say_too_long(result)
 
 
@@ -130,7 +135,7 @@ def compare(
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import markdown_systems, render_systems
 
-    preferences = _load_pairs(data, None)
+    preferences = _load_pairs(data, runs[0])
     named = {path.name: path for path in runs}
     if len(named) < len(runs):  # folders of one name
         named = {str(path): path for path in runs}
@@ -207,16 +212,26 @@ def extend(
     old_data: Annotated[
         list[str] | None, typer.Option("--old-data", help="Where the old domains' training pairs are now.")
     ] = None,
+    shape: Annotated[str | None, typer.Option("--format", help="Row shape of the new data.")] = None,
     truncate: Truncate = False,
     backbone: BackboneDir = None,
 ) -> None:
     """Add a domain: one new expert and a refitted router; every old expert stays the same to the bit."""
-    from moreward.evals.run import evaluate_run
     from moreward.report import render_extension
     from moreward.train.extend import extend as extend_run
     from moreward.train.track import Console
 
-    made = extend_run(run, domain, data, out=out, old_data=old_data or (), backbone=backbone, reporter=Console())
+    made = extend_run(
+        run,
+        domain,
+        data,
+        out=out,
+        shape=shape,
+        old_data=old_data or (),
+        backbone=backbone,
+        truncate=truncate,
+        reporter=Console(),
+    )
     typer.echo(
         f"golden rewards of the old experts: {made.num_golden} recomputed, largest change "
         f"{made.golden_difference:g}{' (bit-identical)' if made.golden_difference == 0 else ''}"
@@ -224,7 +239,9 @@ def extend(
     before = _load(made.parent, truncate=truncate, backbone=backbone)
     after = _load(made.run, truncate=truncate, backbone=backbone)
     pairs = [*made.old_val, *made.new_val]
-    typer.echo(render_extension(evaluate_run(before, pairs), evaluate_run(after, pairs), domain))
+    if not made.old_val:
+        typer.echo("No held-out pairs of the old domains are known with --old-data; the table shows the new one only.")
+    typer.echo(render_extension(_measure(before, pairs), _measure(after, pairs), domain))
     typer.echo(f"extended: {made.run}  (the old run is untouched)")
     if made.golden_difference:
         raise typer.Exit(1)
@@ -293,7 +310,7 @@ def main() -> None:
         raise
 
 
-def _load(run: Path, *, truncate: bool, backbone: str | None, device: str = "auto") -> Any:
+def _load(run: Path, *, truncate: bool, backbone: str | None, device: str = "auto") -> Scorer:
     from moreward.scoring import load
 
     scorer = load(run, backbone=backbone, device=device)
@@ -302,10 +319,24 @@ def _load(run: Path, *, truncate: bool, backbone: str | None, device: str = "aut
     return scorer
 
 
-def _load_pairs(data: list[str], domain_key: str | None) -> list[Preference]:
+def _load_pairs(
+    data: list[str], run: Path, *, domain_key: str | None = None, shape: str | None = None
+) -> list[Preference]:
+    """Pairs read as the run's own training data was, unless an option says otherwise."""
     from moreward.data.load import load_preferences
+    from moreward.runs import model_folder, read_card
 
-    loaded = load_preferences(data, domain_key=domain_key)
+    told = read_card(model_folder(run))["config"]["data"]
+    shape = shape or told["shape"]
+    loaded = load_preferences(
+        data,
+        shape=None if shape == "auto" else shape,
+        domain=told["domain"],
+        domain_key=domain_key or told["domain_key"],
+        domain_map=told["domain_map"],
+        max_bad_share=told["max_bad_share"],
+        use_margin=False,
+    )
     if loaded.quarantine:
         typer.echo(f"{len(loaded.quarantine)} rows not used; see: moreward data check", err=True)
     return loaded.preferences
@@ -314,15 +345,28 @@ def _load_pairs(data: list[str], domain_key: str | None) -> list[Preference]:
 def _evaluate(
     run: Path, preferences: list[Preference], *, truncate: bool, backbone: str | None, device: str, seed: int = 0
 ) -> Result:
+    return _measure(_load(run, truncate=truncate, backbone=backbone, device=device), preferences, seed)
+
+
+def _measure(scorer: Scorer, preferences: list[Preference], seed: int = 0) -> Result:
+    """Evaluate; what a frozen backbone says of a text is looked up where it is known."""
     from moreward.evals.run import evaluate_run
     from moreward.train.runner import feature_store
 
-    scorer = _load(run, truncate=truncate, backbone=backbone, device=device)
+    if scorer.system.config.tune != "frozen":
+        return evaluate_run(scorer, preferences, seed=seed)
     store = feature_store(scorer.card["config"]["backbone"], scorer.system.backbones()[0])
     scorer.keep_features(store)
     result = evaluate_run(scorer, preferences, seed=seed)
     store.save()
     return result
+
+
+def _budgets(results: dict[str, Result]) -> str:
+    """The parameters of each side: whether the comparison is a fair one is for the reader to see."""
+    costs = {name: r.evaluation.cost for name, r in results.items()}
+    told = [f"{name} {c.parameters_stored:,} ({c.parameters_active:,} active)" for name, c in costs.items() if c]
+    return f"Parameters stored: {', '.join(told)}."
 
 
 def _check_same_pairs(results: dict[str, Result]) -> None:

@@ -42,7 +42,7 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """The optimiser and its surroundings, the same for every stage."""
 
-    learning_rate: float | None = Field(None, gt=0, description="unset: 3e-5 full, 5e-4 lora, 1e-3 frozen")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="unset: 3e-5 full, 5e-4 lora, 1e-3 frozen")
     batch_size: int = Field(32, ge=1, description="pairs in one optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="split each step into this many backward passes")
     epochs: int = Field(2, ge=1)
@@ -75,7 +75,7 @@ class RunConfig(_Section):
     tune: Literal["full", "lora", "frozen"] | None = Field(None, description="what of the backbone learns")
     pooling: Literal["auto", "own", "mean", "first", "last"] = "auto"
     out: str = Field("", description="the run folder")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     system: dict[str, Any] = Field(default_factory=dict, description="the recipe's own settings")

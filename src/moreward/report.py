@@ -17,6 +17,7 @@ from moreward.evals.compare import Comparison, Difference
 from moreward.evals.routing import RoutingReport
 
 WIDTH = 100
+FEW_GROUPS = 10
 _MISSING = "-"
 _SYSTEMS_PER_TABLE = 4
 _EXPERTS_PER_LINE = 4
@@ -61,7 +62,7 @@ def render_evaluation(
 ) -> str:
     """One system for the terminal, 100 columns wide: the verdict, the table, then what lies behind it.
 
-    The baseline of `comparison` is the single model of the same budget: the caller answers for its budget, and its
+    The baseline of `comparison` should be a single model of the same budget: the caller answers for that, and its
     name is printed. Without a comparison the report says that it cannot tell whether the system helps. `name` says
     which system of `comparison` this is; it may be left out where there is only one. Raises ValueError if the
     comparison is not of these rows.
@@ -101,7 +102,7 @@ def evaluation_table(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """A line of the table: `single` is the single model's accuracy, `router` how often the router was right."""
+    """A line of the table: `single` is the baseline's accuracy, `router` how often the router was right."""
 
     label: str
     measures: Measures
@@ -149,7 +150,7 @@ def _mean(values: Mapping[str, float | None], weights: Mapping[str, int]) -> flo
 
 
 def verdict(comparison: Comparison | None, *, name: str = "") -> str:
-    """In plain words: does the system beat the single model of the same budget, where, and in the mean?"""
+    """In plain words: does the system beat the baseline, where, and in the mean?"""
     if comparison is None:
         return (
             "No verdict: no single model of the same budget was given, so nothing here shows that a mixture helps. "
@@ -160,10 +161,10 @@ def verdict(comparison: Comparison | None, *, name: str = "") -> str:
     better = [domain for domain, one in by_domain.items() if one.verdict == "better"]
     worse = [domain for domain, one in by_domain.items() if one.verdict == "worse"]
     return (
-        f"{_plain(name)} is better than the single model of the same budget ({_plain(comparison.baseline)}) in "
+        f"{_plain(name)} is better than {_plain(comparison.baseline)} in "
         f"{len(better)} of {_count(len(by_domain), 'domain')}{_listed(better)}, worse in {len(worse)}{_listed(worse)}, "
         f"no difference shown in {len(by_domain) - len(better) - len(worse)}. "
-        f"{_mean_words(mean)} {_bottom_line(mean, better, worse)}"
+        f"{_mean_words(mean)} {_bottom_line(mean, better, worse, comparison.baseline)}"
     )
 
 
@@ -176,9 +177,9 @@ def _mean_words(mean: Difference) -> str:
     )
 
 
-def _bottom_line(mean: Difference, better: Sequence[str], worse: Sequence[str]) -> str:
+def _bottom_line(mean: Difference, better: Sequence[str], worse: Sequence[str], baseline: str) -> str:
     if mean.verdict == "worse":
-        return "Overall the single model is the better choice."
+        return f"Overall {_plain(baseline)} is the better choice."
     if mean.verdict == "better":
         return "Overall it helps, though not everywhere." if worse else "Overall it helps."
     if better and worse:
@@ -257,10 +258,12 @@ def _flag_words(evaluation: Evaluation) -> list[str]:
     raised = {flag for measures in evaluation.domains.values() for flag in measures.flags}
     meaning = {CHANCE: "the interval contains 50%", SATURATED: "99% or more are right"}
     found = [f"{flag}: {what}" for flag, what in meaning.items() if flag in raised]
+    few = [f"{name} {m.num_groups}" for name, m in evaluation.domains.items() if m.num_groups < FEW_GROUPS]
+    told = [f"Few prompt groups: {', '.join(map(_plain, few))}. So wide an interval says little."] if few else []
     if not found:
-        return []
+        return told
     words = f"Flags: {'; '.join(found)}. Such domains hardly tell one system from another."
-    return [words if evaluation.unflagged else f"{words} Every domain is flagged."]
+    return [*told, words if evaluation.unflagged else f"{words} Every domain is flagged."]
 
 
 # ---- several systems -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ N conversations, P prompts, E experts, K experts used.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ TOKENS_PER_BATCH = 8192
 GOLDEN_TOLERANCE = 1e-4
 
 Item = Conversation | Mapping[str, Any] | tuple[Text, Text]
+ITEM_KEYS = ("prompt", "response", "id", "domain", "tools", "chat_template_kwargs", "meta")
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ def load(run: str | Path, *, device: str = "auto", backbone: str | None = None, 
 class Scorer:
     """Rewards of a trained system.
 
-    Items are `Conversation`s, `(prompt, response)` tuples, or mappings with `prompt` and `response`; texts are
-    strings or lists of messages. Longer than the model's limit is an error, unless the run was trained with
-    `data.on_long=truncate` or `on_long` says so here; then the start is cut off and the Reward says it.
+    Items are `Conversation`s, `(prompt, response)` tuples, or mappings with `prompt` and `response` and, where they
+    have them, `id`, `domain`, `tools`, `chat_template_kwargs`, `meta`; texts are strings or lists of messages.
+    Longer than the model's limit is an error, unless the run was trained with `data.on_long=truncate` or `on_long`
+    says so here; then the start is cut off and the Reward says it.
     """
 
     def __init__(
@@ -82,11 +85,14 @@ class Scorer:
         """One Reward per item, in order. `explain` adds every expert's standardised reward."""
         conversations = [as_conversation(item, i) for i, item in enumerate(items)]
         encoded = self._encode(conversations, on_long or self.on_long)
-        rewards: list[Reward | None] = [None] * len(encoded)
-        for rows, batch in self._batches(conversations, encoded):
-            for row, reward in zip(rows, self._rewards(batch, explain), strict=True):
-                rewards[row] = _named(reward, conversations[row].id, encoded[row])
-        return [r for r in rewards if r is not None]
+        # Equal texts are computed once: two rows of one batch could differ in the last bit.
+        first_with: dict[Encoded, int] = {}
+        firsts = [first_with.setdefault(e, i) for i, e in enumerate(encoded)]
+        once = sorted(first_with.values())
+        found: dict[int, Reward] = {}
+        for rows, batch in self._batches([conversations[i] for i in once], [encoded[i] for i in once]):
+            found |= {once[row]: r for row, r in zip(rows, self._rewards(batch, explain), strict=True)}
+        return [_named(found[first], item.id, e) for first, item, e in zip(firsts, conversations, encoded, strict=True)]
 
     def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
         """Indices of the responses, best first; equal rewards keep their order."""
@@ -156,8 +162,13 @@ class Scorer:
         return largest
 
     def _encode(self, items: Sequence[Conversation], on_long: str) -> list[Encoded]:
-        encoded = [self.encoder.conversation(item) for item in items]
-        for i, (item, e) in enumerate(zip(items, encoded, strict=True)):
+        encoded = []
+        for i, item in enumerate(items):
+            try:
+                e = self.encoder.conversation(item)
+            except DataError as error:
+                raise DataError(f"items[{i}]: {error}") from error
+            encoded.append(e)
             if e.truncated and on_long != "truncate":
                 name = f"items[{i}] ({item.id})" if item.id else f"items[{i}]"
                 raise DataError(
@@ -256,29 +267,53 @@ def judge_once(system: System, batch: Batch, wanted_NJ: Tensor, num_experts: int
 def as_text(value: Any) -> Text:
     if isinstance(value, str):
         return value
-    if isinstance(value, Sequence) and all(isinstance(turn, Mapping) for turn in value):
-        return tuple(value)
-    raise DataError(f"expected text or a list of messages, got {type(value).__name__}")
+    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
+        raise DataError(f"expected text or a list of messages, got {type(value).__name__}")
+    for place, turn in enumerate(value):
+        role, content = turn.get("role"), turn.get("content")
+        if not isinstance(role, str):
+            raise DataError(f"message {place}: role must be a string (got {type(role).__name__})")
+        if content is not None and not isinstance(content, str):
+            raise DataError(f"message {place}: content must be a string or None (got {type(content).__name__})")
+    return tuple(value)
 
 
 def as_conversation(item: Item, index: int) -> Conversation:
     """Accept what users have at hand. DataError names the item."""
-    if isinstance(item, Conversation):
-        return item
     try:
-        if isinstance(item, tuple):
-            prompt, response = item
-            return Conversation(prompt=as_text(prompt), response=as_text(response))
-        return Conversation(
-            prompt=as_text(item["prompt"]),
-            response=as_text(item["response"]),
-            id=str(item.get("id", "")),
-            domain=str(item.get("domain") or ""),
-        )
+        conversation = _converted(item)
+        given = (conversation.prompt, conversation.response, conversation.tools, conversation.chat_template_kwargs)
+        json.dumps(given, ensure_ascii=False, default=dict).encode()  # half a surrogate pair is in no text of ours
     except KeyError as error:
         raise DataError(f"items[{index}]: {error} is missing; needed are prompt and response") from None
-    except (DataError, ValueError, TypeError, AttributeError) as error:
+    except (DataError, ValueError, TypeError) as error:
         raise DataError(f"items[{index}]: {error}") from None
+    return conversation
+
+
+def _converted(item: Item) -> Conversation:
+    if isinstance(item, Conversation):
+        return item
+    if isinstance(item, tuple):
+        prompt, response = item
+        return Conversation(prompt=as_text(prompt), response=as_text(response))
+    if not isinstance(item, Mapping):
+        raise DataError(f"expected a Conversation, a mapping or (prompt, response), got {type(item).__name__}")
+    if unknown := [key for key in item if key not in ITEM_KEYS]:
+        raise DataError(f"unknown key {unknown[0]!r}. Known: {', '.join(ITEM_KEYS)}.")
+    tools, options = item.get("tools"), item.get("chat_template_kwargs") or {}
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
+        raise DataError("tools: expected a list of mappings")
+    if not isinstance(options, Mapping):
+        raise DataError(f"chat_template_kwargs: expected a mapping, got {type(options).__name__}")
+    return Conversation(
+        prompt=as_text(item["prompt"]),
+        response=as_text(item["response"]),
+        id=str(item.get("id", "")),
+        domain=str(item.get("domain") or ""),
+        tools=tools,
+        chat_template_kwargs=options,
+    )
 
 
 def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +144,60 @@ def test_without_a_template_one_turn_stands_bare_and_several_say_who_speaks(make
     assert ids_of(encoder, long, RESPONSE) == ids_of(
         encoder, f"User: Hi.\n\nAssistant: Hello.\n\nUser: {PROMPT}", RESPONSE
     )
+
+
+def test_without_a_template_a_tool_call_is_text_behind_the_content(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("bert")
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    written = '[{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]'
+    silent: Message = {"role": "assistant", "content": None, "tool_calls": calls}
+    assert ids_of(encoder, PROMPT, (silent,)) == ids_of(encoder, PROMPT, written)
+    assert ids_of(encoder, PROMPT, ({**silent, "content": RESPONSE},)) == ids_of(encoder, PROMPT, RESPONSE + written)
+
+
+STRICT = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% for m in messages %}{{ m['content'] + suffix|default('') }}{% endfor %}"""
+
+
+@pytest.fixture
+def strict(make_encoder: MakeEncoder) -> Encoder:
+    """An encoder whose template takes no system turn, and no `suffix` that is not text."""
+    tokenizer = copy.deepcopy(make_encoder("qwen2").tokenizer)
+    tokenizer.chat_template = STRICT
+    return Encoder(tokenizer, 100)
+
+
+SYSTEM: tuple[Message, ...] = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": SYSTEM}, "row-3: chat template: System role not supported"),
+        ({"chat_template_kwargs": {"suffix": 3}}, "row-3: chat template: .*int"),
+        ({"chat_template_kwargs": {"tokenize": True, "return_tensors": "pt"}}, "row-3: .* not set return_tensors, tok"),
+        ({"chat_template_kwargs": {"conversation": []}}, "row-3: .* not set conversation"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "row-3: .* not set chat_template"),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}}, "row-3: .* not set add_generation_prompt"),
+    ],
+)
+def test_what_the_template_refuses_is_an_error_that_names_the_row(
+    change: dict[str, Any], message: str, strict: Encoder
+) -> None:
+    item = Conversation(prompt=turns(PROMPT), response=turns(RESPONSE, first="assistant"), id="row-3")
+    assert strict.conversation(item).ids
+    with pytest.raises(DataError, match=message):
+        strict.conversation(replace(item, **change))
+
+
+def test_a_pair_that_the_template_refuses_is_left_out_and_told(strict: Encoder) -> None:
+    good = Preference(prompt=turns(PROMPT), chosen="Yes.", rejected="No.", domain="x", source="f.jsonl:1")
+    bad = replace(good, prompt=SYSTEM, source="f.jsonl:2")
+    encoded = encode_pairs(strict, [good, bad], ("x",), on_long="drop")
+    assert [p.preference for p in encoded.pairs] == [good]
+    [told] = encoded.quarantine
+    assert (told.file, told.line, told.domain, told.reason) == ("f.jsonl", 2, "x", "bad_template")
+    assert "System role not supported" in str(told)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -93,6 +93,14 @@ def test_a_directory_without_weights_is_refused(kind: str, tiny_backbone: Get, t
         Backbone.load(str(folder))
 
 
+def test_weights_that_end_too_early_are_refused(tiny_backbone: Get, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_backbone("bert"), tmp_path / "cut")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate((folder / "model.safetensors").stat().st_size // 2)
+    with pytest.raises(BackboneError, match="cut' cannot be loaded"):
+        Backbone.load(str(folder))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_models_configuration_is_refused(kind: str, tiny_backbone: Get, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_backbone(kind), tmp_path / "other")
@@ -269,6 +277,24 @@ def test_the_hash_of_a_directory_tells_weights_tokenizer_and_configuration_apart
 
 def test_directories_and_hub_names_stand_for_themselves() -> None:
     assert resolve_backbone("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_without_a_tokenizer_is_refused(kind: str, tiny_backbone: Get, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_backbone(kind), tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BackboneError, match=r"bare': no tokenizer in the directory\. .* one of tokenizer\.json"):
+        load_tokenizer(str(folder))
+
+
+def test_a_vocabulary_without_a_word_is_refused(tiny_backbone: Get, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_backbone("bert"), tmp_path / "wordless")
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = whole["model"]["vocab"]
+    whole["model"]["vocab"] = {token["content"]: vocab[token["content"]] for token in whole["added_tokens"]}
+    (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(BackboneError, match=r"the tokenizer has 5 tokens, all of them special"):
+        load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("kind", KINDS)

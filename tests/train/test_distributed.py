@@ -37,7 +37,7 @@ def without_dropout(tiny_backbone: Tiny, tmp_path_factory: pytest.TempPathFactor
 def command(backbone: Path, data: Path, out: Path, *words: str) -> list[str]:
     return [
         "train", "recipe=arliss", f"backbone={backbone}", f"data.train={data}", f"out={out}", "data.max_length=96",
-        "data.val_fraction=0.25", "train.learning_rate=0.003", "train.batch_size=4", "train.epochs=4",
+        "data.val_fraction=0.25", "train.learning_rate=0.0005", "train.batch_size=4", "train.epochs=4",
         "train.max_steps=20", "train.eval_every=1", "train.patience=0", "system.dropout=0", "train.device=cpu",
         "train.centering=0.01",  # without it nothing holds the bias of a head but rounding
         *words,

@@ -198,7 +198,7 @@ def test_data_of_other_domains_is_refused(made: Callable[..., Any], asking: list
     mixed = [*asking[:8], *(replace(p, domain="other") for p in asking[8:])]
     data = write_pairs(tmp_path / "mixed.jsonl", mixed)
     said = refused(run, tmp_path / "out", data=[data])
-    assert said.startswith("Unknown domain other. Known: asking.")
+    assert said.startswith("--data holds rows of domain other; give the pairs of 'asking' alone")
 
 
 def test_rows_without_a_domain_are_of_the_new_one(

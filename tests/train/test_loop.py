@@ -319,6 +319,7 @@ def test_a_stage_takes_its_epochs_but_never_more_than_max_steps(
 
 def test_dropout_is_off_while_evaluating_and_on_in_the_next_step(encoded: list[EncodedPair], tmp_path: Path) -> None:
     made = fitting(tmp_path, encoded, encoded[:6], dropout=0.5, epochs=2, eval_every=0.01, patience=0)
+    made.bag.eval()  # as pretrained models arrive
     made.run()
     order = [training for training, _, _ in made.bag.seen][:20]
     assert order == [True, False] * 10, "an evaluation after every step"

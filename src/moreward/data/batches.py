@@ -5,12 +5,15 @@ N conversations, B pairs (N = 2B, chosen first), P distinct prompts, T tokens.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from moreward.data.audit import PairLengths
 from moreward.data.load import Quarantined
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROLES = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+
+OURS = frozenset({"tokenize", "add_generation_prompt", "chat_template", "conversation", "return_tensors"})
+"""Arguments of `apply_chat_template` that no row may set: they change what it returns, not what a template reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class Encoder:
             raise DataError(f"data.max_length: {max_length} leaves no room beside {num_frame} special tokens")
 
     def conversation(self, item: Conversation) -> Encoded:
+        """Token ids. DataError where the chat template refuses the turns, tools or arguments of this item."""
         if not isinstance(item.prompt, str) or not isinstance(item.response, str):
             if self.has_template:
                 return self._templated(item)
@@ -163,8 +170,15 @@ class Encoder:
     def _templated(self, item: Conversation) -> Encoded:
         prompt, response = _as_turns(item.prompt, "user"), _as_turns(item.response, "assistant")
         options: dict[str, Any] = {"tools": item.tools or None, **item.chat_template_kwargs}
-        body = self._rendered([*prompt, *response], options)
-        return self._cut([], body, [], self._rendered(prompt, options) if prompt else [])
+        where = f"{item.id}: " if item.id else ""
+        if taken := sorted(OURS & options.keys()):
+            raise DataError(f"{where}chat template: chat_template_kwargs may not set {', '.join(taken)}; leave it out")
+        try:
+            body = self._rendered([*prompt, *response], options)
+            alone = self._rendered(prompt, options) if prompt else []
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{where}chat template: {error}") from error
+        return self._cut([], body, [], alone)
 
     def _rendered(self, turns: Sequence[Message], options: dict[str, Any]) -> list[int]:
         """Template tokens are special, the same strings inside a turn are not: they travel as placeholders."""
@@ -212,6 +226,7 @@ def encode_pairs(
     encoder: Encoder, preferences: Sequence[Preference], domains: Sequence[str], *, on_long: str
 ) -> EncodedSet:
     """Tokenise pairs. `on_long`: `drop` leaves pairs beyond the limit out, `truncate` cuts them; both are counted.
+    A pair that the chat template refuses is left out too.
 
     A domain that loses all its pairs is a DataError: a mixture without one of its domains is not what was asked for.
     """
@@ -219,12 +234,18 @@ def encode_pairs(
     result = EncodedSet([], [], {})
     with encoder.reading_ahead(preferences):
         for preference in preferences:
-            chosen, rejected = encoder.pair(preference)
+            try:
+                chosen, rejected = encoder.pair(preference)
+            except DataError as error:
+                result.quarantine.append(_refused(preference, "bad_template", str(error)))
+                continue
             truncated = chosen.truncated or rejected.truncated
             reason = "too_long" if truncated and on_long == "drop" else ""
             reason = reason or ("identical_after_truncation" if chosen.ids == rejected.ids else "")
             if reason:
-                result.quarantine.append(_refused(preference, reason, chosen, rejected))
+                sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
+                detail = f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}"
+                result.quarantine.append(_refused(preference, reason, detail))
                 continue
             if truncated:
                 count = result.num_truncated.get(preference.domain, 0)
@@ -233,17 +254,15 @@ def encode_pairs(
     emptied = {p.domain for p in preferences} - {p.preference.domain for p in result.pairs}
     if emptied:
         raise DataError(
-            f"no pair of domain {', '.join(sorted(emptied))} fits the limit of {encoder.max_length} tokens. "
-            "Raise data.max_length, set data.on_long=truncate, or leave the domain out.\n"
+            f"no pair of domain {', '.join(sorted(emptied))} fits the limit of {encoder.max_length} tokens and the "
+            "chat template. Raise data.max_length, set data.on_long=truncate, or leave the domain out.\n"
             + "\n".join(f"  {row}" for row in [q for q in result.quarantine if q.domain in emptied][:5])
         )
     return result
 
 
-def _refused(preference: Preference, reason: str, chosen: Encoded, rejected: Encoded) -> Quarantined:
+def _refused(preference: Preference, reason: str, detail: str) -> Quarantined:
     file, _, line = preference.source.rpartition(":")
-    sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
-    detail = f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}"
     return Quarantined(file, int(line) if line.isdigit() else 0, preference.domain, reason, "", detail)
 
 
@@ -320,5 +339,11 @@ def _as_text(text: Text) -> str:
     if isinstance(text, str):
         return text
     if len(text) == 1:
-        return str(text[0].get("content") or "")
-    return "\n\n".join(f"{ROLES.get(str(t['role']), str(t['role']))}: {t.get('content') or ''}" for t in text)
+        return _said(text[0])
+    return "\n\n".join(f"{ROLES.get(str(t['role']), str(t['role']))}: {_said(t)}" for t in text)
+
+
+def _said(turn: Message) -> str:
+    calls = turn.get("tool_calls")
+    parts = [turn.get("content"), json.dumps(calls, ensure_ascii=False, default=dict) if calls else ""]
+    return "\n".join(str(part) for part in parts if part)

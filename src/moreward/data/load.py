@@ -217,6 +217,7 @@ def load_preferences(
     domain_map: Mapping[str, str] | None = None,
     max_bad_share: float = 0.01,
     allow_empty_prompt: bool = False,
+    use_margin: bool = True,
 ) -> Loaded:
     """Read preferences of any known shape from files, folders, globs and data sets.
 
@@ -229,6 +230,7 @@ def load_preferences(
         domain_map: a file-name pattern, or a domain as the data spells it, to a domain.
         max_bad_share: the share of rows that may be quarantined; see `NOT_BAD` for what does not count.
         allow_empty_prompt: keep rows whose prompt is there but blank.
+        use_margin: keep margins, and refuse data in which only some rows have one.
 
     Raises:
         DataError: nothing to read, too many bad rows, a domain of which no row is left, a margin in some
@@ -252,6 +254,8 @@ def load_preferences(
     _check_share(loaded, max_bad_share)
     if lost := intake.lost_domains():
         raise DataError(f"No row is left of domain {', '.join(lost)}.{_examples(loaded.quarantine, lost)}")
+    if not use_margin:
+        return replace(loaded, preferences=[replace(p, margin=None) for p in loaded.preferences])
     _check_margins(loaded.preferences)
     return loaded
 
@@ -323,7 +327,8 @@ def _check_margins(preferences: Sequence[Preference]) -> None:
     if without and len(without) < len(preferences):
         raise DataError(
             f"{len(preferences) - len(without)} pairs have a margin and {len(without)} have none."
-            f" Give every row a margin, or none. Without:{_listed(without)}"
+            " Give every row a margin, or none, or leave margins out with train.use_margin=false."
+            f" Without:{_listed(without)}"
         )
 
 

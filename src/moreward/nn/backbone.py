@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moreward.errors import BackboneError, MissingExtraError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POOLINGS = ("auto", "own", "mean", "first", "last")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tekken.json")
 
 
 def resolve_backbone(name: str) -> str:
@@ -56,14 +58,28 @@ def quiet() -> Iterator[None]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The backbone's own tokenizer, with `pad` set to a token that exists (a mask, not the id, marks padding)."""
+    """The backbone's own tokenizer, with `pad` set to a token that exists (a mask, not the id, marks padding).
+
+    Raises BackboneError where there is none: transformers would make one up that knows no word.
+    """
     from transformers import AutoTokenizer
 
+    folder = Path(resolve_backbone(name))
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise BackboneError(
+            f"backbone {name!r}: no tokenizer in the directory. Beside the weights must stand one of "
+            f"{', '.join(TOKENIZER_FILES)}."
+        )
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(name))
     except (OSError, ValueError) as error:
         raise BackboneError(f"backbone {name!r}: no tokenizer could be loaded: {_first_line(error)}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise BackboneError(
+            f"backbone {name!r}: the tokenizer has {len(tokenizer)} tokens, all of them special, so every text would "
+            "be the same to it. Are its vocabulary files whole?"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -158,7 +174,7 @@ class Backbone(nn.Module):
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # a head of other labels goes anyway; the rest is checked below
                 )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise BackboneError(
                 f"backbone {name!r} cannot be loaded as an encoder or decoder: {_first_line(error)} "
                 "Give a directory with config.json and model.safetensors, a hub name, or 'minilm'."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from moreward.nn.backbone import Backbone
+
+log = logging.getLogger(__name__)
 
 ROWS = 32
 STEP = 32
@@ -89,7 +92,12 @@ class FeatureStore:
             return
         from safetensors.torch import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning("features are kept in memory only: %s cannot be made: %s", self.folder, error.strerror)
+            self.folder = None
+            return
         keys, self._unsaved = self._unsaved, []
         name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"

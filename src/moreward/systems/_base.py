@@ -6,6 +6,7 @@ N conversations, E experts, K experts used.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ class System(nn.Module):
 class RoutedSystem(System):
     """What RODOS and ARLISS share: a router that reads the prompt, one expert per domain, a stage for each.
 
-    Subclasses set `self.routed`, `self.standardizers` by expert name, and say what each stage may move.
+    Subclasses set `self.routed` and say, by expert name, what each stage may move and what standardises it.
     """
 
     routes_by_domain = True
@@ -223,14 +224,28 @@ class RoutedSystem(System):
 
 
 def expert_names(domains: Sequence[str]) -> tuple[str, ...]:
-    """Domains as names of experts, fit for files and parameters: lower case letters, digits, `-` and `_`."""
-    names = tuple(re.sub(r"[^a-z0-9_]+", "-", d.lower()).strip("-_")[:64] for d in domains)
-    if len(set(names)) < len(names) or not all(names):
-        raise ConfigError(
-            f"domains: {list(domains)} become the expert names {list(names)}, which must differ and not be empty. "
-            "Rename them with data.domain_map."
-        )
-    return names
+    """Domains as names of experts, fit for files and parameters: lower case letters, digits, `-` and `_`.
+
+    A name that an earlier domain has already gets a hash of its domain behind it: domains added later change no name.
+    """
+    names: list[str] = []
+    for domain in domains:
+        name = _slug(domain)
+        names.append(f"{name}-{_short_hash(domain)}" if name in names else name)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"domains: {list(domains)} become the expert names {names}, which must differ")
+    return tuple(names)
+
+
+def _slug(domain: str) -> str:
+    name = re.sub(r"[^a-z0-9_]+", "-", domain.lower()).strip("-_")[:64]
+    if not name:
+        return f"d-{_short_hash(domain)}"
+    return f"{name}_" if name in dir(nn.ModuleDict()) else name  # torch refuses its own attributes as names
+
+
+def _short_hash(domain: str) -> str:
+    return hashlib.sha256(domain.encode()).hexdigest()[:8]
 
 
 def own_copy(backbone: Backbone, tune: str) -> Backbone:

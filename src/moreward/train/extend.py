@@ -18,10 +18,14 @@ from moreward.errors import ConfigError, RunError
 from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
 from moreward.scoring import Scorer, load
-from moreward.systems._base import RoutedSystem
+from moreward.systems._base import RoutedSystem, expert_names
 from moreward.train.runner import Pairs, Work, make_encoder, open_run, read_pairs
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference
+
+EVEN = 100.0
+"""A domain temperature at which the refitted router sees every domain about equally often: drawn as the data is, a
+small new domain would hardly be seen."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ def extend(
     data: Sequence[str],
     *,
     out: str | Path | None = None,
+    shape: str | None = None,
     old_data: Sequence[str] = (),
     backbone: str | None = None,
+    truncate: bool = False,
     changes: Mapping[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Extension:
@@ -53,7 +59,8 @@ def extend(
 
     The router needs prompts of the old domains: they are read again from where the run was trained, or from
     `old_data`. `changes` are `train` settings for the new stages. Raises ConfigError where the recipe has no expert
-    per domain or the domain exists, RunError where the old data is not what it was.
+    per domain or the domain exists, RunError where the old data is not what it was. `truncate` cuts what is too long
+    from now on.
     """
     parent = Path(run)
     before = load(parent, backbone=backbone)
@@ -62,35 +69,39 @@ def extend(
     recipe = find_recipe(old.recipe)
     if not recipe.routes_by_domain:
         raise ConfigError(f"recipe {old.recipe!r} has no expert per domain, so it cannot be extended: train it again")
+    if not domain.strip():
+        raise ConfigError("--domain: is empty; give the new domain a name")
     if domain in card["domains"]:
         raise ConfigError(f"domain {domain!r} exists. The run has: {', '.join(card['domains'])}.")
-    config = _config(old, out or f"{parent}+{domain}", backbone, changes or {})
-    additions = [*card.get("additions", []), {"domain": domain, "data": list(data)}]
+    config = _config(old, out or f"{parent}+{expert_names([domain])[0]}", backbone, changes or {})
+    if truncate:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"on_long": "truncate"})})
+    additions = [*card.get("additions", []), {"domain": domain, "data": list(data), "shape": shape}]
     old_pairs = _old_pairs(old, card, old_data)
     pairs = _with_addition(old_pairs, old, additions[-1])
-    reporter = reporter or Silent()
-    open_run(config)
-    work = _work(before, config, [*card["domains"], domain], pairs, reporter)
-    assert isinstance(work.system, RoutedSystem)
-    stages = [work.system.expert_stage(domain, work.pairwise), work.system.router_stage()]
-    reports = work.fit(stages)
-    work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
+    with open_run(config):
+        work = _work(before, config, [*card["domains"], domain], pairs, reporter or Silent())
+        assert isinstance(work.system, RoutedSystem)
+        stages = [work.system.expert_stage(domain, work.pairwise), work.system.router_stage()]
+        reports = work.fit(stages)
+        work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
     new_val = [p for p in pairs.val if p.domain == domain]
-    return Extension(Path(config.out), parent, domain, old_pairs.val, new_val, difference, num_golden)
+    old_val = [] if old_data and not old.data.val else old_pairs.val  # without files of their own, they were trained on
+    return Extension(Path(config.out), parent, domain, old_val, new_val, difference, num_golden)
 
 
 def _config(old: RunConfig, out: str | Path, backbone: str | None, changes: Mapping[str, Any]) -> RunConfig:
     told = old.model_dump(mode="json")
     told["out"] = str(out)
     told["backbone"] = backbone or old.backbone
-    told["train"] = {**told["train"], **changes}
+    told["train"] = {**told["train"], "domain_temperature": EVEN, **changes}
     return resolve(told)
 
 
 def _old_pairs(old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str]) -> Pairs:
     """The pairs that the old run was trained on, its own extensions included, as they were then."""
-    told = old.data.model_copy(update={"train": tuple(old_data), "val": ()} if old_data else {})
+    told = old.data.model_copy(update={"train": tuple(old_data)} if old_data else {})
     pairs = read_pairs(old.model_copy(update={"data": told}))
     if old_data:
         check_domains(pairs.train, card["domains"])
@@ -112,9 +123,10 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     """`pairs` and those of one more domain, a share of them held out."""
     domain = addition["domain"]
     loaded = load_preferences(
-        addition["data"], domain_map={"*": domain}, max_bad_share=old.data.max_bad_share, shape=old.data.shape
+        addition["data"], domain_map={"*": domain}, max_bad_share=old.data.max_bad_share, shape=addition["shape"]
     )
-    check_domains(loaded.preferences, [domain])
+    if others := sorted({p.domain for p in loaded.preferences} - {domain}):
+        raise ConfigError(f"--data holds rows of domain {', '.join(others)}; give the pairs of {domain!r} alone")
     share = old.data.val_fraction
     sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=old.seed)
     assert_no_leak(pairs.train, sides["val"])

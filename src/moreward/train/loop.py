@@ -178,7 +178,7 @@ class Fit:
                 refuse_non_finite(outcome, batch, f"{self.stage.name}, step {self.progress.step}")
                 loss = outcome.loss_B.sum() * weight
                 if outcome.extra is not None:
-                    loss = loss + outcome.extra * (len(part) / len(mine))
+                    loss = loss + outcome.extra * (len(part) * weight)
                 self.accelerator.backward(loss)
             counts = (outcome.loss_B.detach(), outcome.right_B, outcome.tie_B)
             total += torch.stack([c.double().sum().cpu() for c in counts]) * (weight > 0)
@@ -203,7 +203,9 @@ class Fit:
         num_domains = len(self.around.domains) + 1  # the last place: pairs of no known domain
         sums = torch.zeros(num_domains, 3, dtype=torch.float64)
         for chunk in self._eval_chunks():
-            outcome = self._outcome(model, self._batch(chunk))
+            batch = self._batch(chunk)
+            outcome = self._outcome(model, batch)
+            refuse_non_finite(outcome, batch, f"{self.stage.name}, evaluation after step {self.progress.step}")
             domain_B = outcome.domain_B.cpu() % num_domains
             values = torch.stack([torch.ones(len(chunk)), outcome.right_B.cpu(), outcome.loss_B.cpu()], dim=1)
             sums.index_add_(0, domain_B, values.double())
@@ -252,8 +254,7 @@ class Fit:
         if standardize is None:
             return
         standardize.reset()
-        stride = max(1, len(self.train) // STANDARDIZE_PAIRS)
-        pairs = sorted(self.train[::stride][:STANDARDIZE_PAIRS], key=lambda p: p.num_tokens)
+        pairs = sorted(evenly_spaced(self.train, STANDARDIZE_PAIRS), key=lambda p: p.num_tokens)
         self.stage.module.eval()
         chunks = [pairs[start : start + 32] for start in range(0, len(pairs), 32)]
         rewards = [self.stage.module(self._batch(chunk)).reward_N.float().cpu() for chunk in chunks]
@@ -339,6 +340,12 @@ class Fit:
         self.around.reporter.say(f"{self.stage.name}: going on from step {self.progress.step}")
 
 
+def evenly_spaced(rows: Sequence[EncodedPair], limit: int) -> list[EncodedPair]:
+    """At most `limit` rows from beginning to end."""
+    num = min(len(rows), limit)
+    return [rows[i * len(rows) // num] for i in range(num)]
+
+
 def schedule(config: TrainConfig, step: int, num_steps: int) -> float:
     """Factor of the learning rate at a step: linear warm-up, then decay to 0 (or none)."""
     warmup = config.warmup * num_steps
@@ -354,15 +361,18 @@ def make_accelerator(config: TrainConfig, folder: str) -> Accelerator:
     """The process group and device; refuses another number of processes than asked, and bf16 without hardware."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    accelerator = Accelerator(
-        cpu=config.device == "cpu",
-        log_with=list(config.trackers) or None,
-        project_dir=folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            log_with=list(config.trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            ],
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.trackers: {list(config.trackers)}: {error}") from error
     if config.processes is not None and accelerator.num_processes != config.processes:
         raise ConfigError(
             f"train.processes: {config.processes} asked for, {accelerator.num_processes} running. "

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -78,8 +82,11 @@ def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = N
 
 def train_on(config: RunConfig, pairs: Pairs, *, reporter: Reporter | None = None) -> Path:
     """As `train`, on pairs already in memory."""
-    reporter = reporter or Silent()
-    run = open_run(config)
+    with open_run(config) as run:
+        return _train_in(run, config, pairs, reporter or Silent())
+
+
+def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) -> Path:
     domains = sorted({p.domain for p in pairs.train})
     check_domains(pairs.val, domains)
     backbone = Backbone.load(config.backbone, pooling=config.pooling)
@@ -103,6 +110,7 @@ def read_pairs(config: RunConfig) -> Pairs:
         "domain_key": told.domain_key,
         "domain_map": told.domain_map,
         "max_bad_share": told.max_bad_share,
+        "use_margin": config.train.use_margin,
     }
     loaded = load_preferences(list(told.train), **options)
     report = {"train": _told(loaded)}
@@ -137,14 +145,40 @@ def _reasons(quarantine: Sequence[Quarantined]) -> dict[str, dict[str, int]]:
     return {domain: dict(counts) for domain, counts in sorted(reasons.items())}
 
 
-def open_run(config: RunConfig) -> Path:
-    """Make the run folder, or enter it again for the same configuration."""
+@contextmanager
+def open_run(config: RunConfig) -> Iterator[Path]:
+    """Make the run folder, or enter it again for the same configuration; no second process may enter meanwhile."""
     if not config.out:
         raise ConfigError("out: is required: the folder of the run, e.g. out=runs/a")
     run = Path(config.out)
     if (run / "model" / "moreward.json").exists():
         raise RunError(f"{run}: holds a finished run. Choose another out, or remove the folder to train it again.")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"out: {run} cannot be made or written: {error.strerror}") from error
+    with lock:
+        if is_main_process():
+            _hold(lock, run)
+            _settle_config(config, run)
+        yield run
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _hold(lock: TextIO, run: Path) -> None:
+    """The lock goes with the process, however it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{run}: is being trained by another process") from None
+
+
+def _settle_config(config: RunConfig, run: Path) -> None:
     stored = run / "config.yaml"
     if not (stored.exists() and (run / "checkpoints").exists()):  # nothing is trained yet; a kill may have cut the file
         stored.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
@@ -153,7 +187,6 @@ def open_run(config: RunConfig) -> Path:
             f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
             "Start it with the old one, choose another out, or remove the folder."
         )
-    return run
 
 
 def _differences(stored: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -197,8 +230,6 @@ class Work:
         write_quarantine(self.quarantine, run / "quarantine.jsonl")
 
     def _encode(self, preferences: Sequence[Preference]) -> EncodedSet:
-        if not self.config.train.use_margin:
-            preferences = [_without_margin(p) for p in preferences]
         return encode_pairs(self.encoder, preferences, self.domains, on_long=self.config.data.on_long)
 
     def fit(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -323,15 +354,18 @@ def feature_store(name: str, backbone: Backbone) -> FeatureStore:
     sha256 = directory_sha256(name)
     if not sha256:
         return FeatureStore()
-    folder = f"{sha256[:16]}-{backbone.pooling}-torch{version('torch')}-{torch.get_num_threads()}t"
+    device = next(backbone.parameters()).device.type
+    folder = f"{sha256[:16]}-{backbone.pooling}-torch{version('torch')}-{device}{torch.get_num_threads()}"
     return FeatureStore(cache_folder() / "features" / folder)
 
 
 def golden_items(preferences: Sequence[Preference]) -> list[Conversation]:
-    """Evenly spaced pairs, both sides, over all domains; without tools, which are not stored with them."""
-    ordered = sorted(preferences, key=lambda p: (p.domain, p.name))
-    stride = max(1, len(ordered) * 2 // NUM_GOLDEN)
-    chosen = ordered[::stride][: NUM_GOLDEN // 2]
+    """Pairs of every domain in turn, both sides; without tools, which are not stored with them."""
+    by_domain: dict[str, list[Preference]] = {}
+    for preference in sorted(preferences, key=lambda p: (p.domain, p.name)):
+        by_domain.setdefault(preference.domain, []).append(preference)
+    in_turn = [p for row in zip_longest(*by_domain.values()) for p in row if p is not None]
+    chosen = in_turn[: max(NUM_GOLDEN // 2, len(by_domain))]
     items = [side(p, which) for p in chosen for which in ("chosen", "rejected")]
     return [Conversation(prompt=item.prompt, response=item.response) for item in items]
 
@@ -340,10 +374,6 @@ def _check_metric(metric: str, domains: Sequence[str]) -> None:
     known = ["mean", "micro", "loss", *domains]
     if metric not in known:
         raise ConfigError(f"train.metric: {metric!r} is no measure and no domain of the data.{near(metric, known)}")
-
-
-def _without_margin(preference: Preference) -> Preference:
-    return replace(preference, margin=None)
 
 
 def _by_domain(pairs: Sequence[EncodedPair]) -> dict[str, int]:
