@@ -282,7 +282,7 @@ def data_check(
     from moreward.data.audit import audit, render
     from moreward.data.load import load_preferences
 
-    loaded = load_preferences(paths, shape=shape, domain_key=domain_key, max_bad_share=1.0)
+    loaded = load_preferences(paths, shape=shape, domain_key=domain_key, max_bad_share=1.0, strict=False)
     if backbone == "none":
         found = audit(loaded)
     else:

@@ -1,13 +1,15 @@
 """No group on two sides, nothing lost, shares met."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moreward.data.split import split_by_group
-from moreward.errors import ConfigError
+from moreward.data.load import assert_no_leak
+from moreward.data.split import linked_groups, split_by_group
+from moreward.errors import ConfigError, DataError
 from moreward.types import Preference
 
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -38,7 +40,8 @@ def test_no_group_stands_on_two_sides_and_nothing_is_lost(keys, seed):
 @settings(deadline=None)
 def test_each_domain_meets_its_shares_within_the_size_of_a_group(sizes, seed):
     keys = [("ab"[g % 2], f"g{g}") for g, size in enumerate(sizes) for _ in range(size)]
-    sides = split_by_group(rows(keys), FRACTIONS, seed)
+    own_prompts = [replace(p, prompt=f"{p.domain} {p.group}") for p in rows(keys)]
+    sides = split_by_group(own_prompts, FRACTIONS, seed)
     for domain, total in Counter(domain for domain, _ in keys).items():
         for side, share in FRACTIONS.items():
             found = sum(p.domain == domain for p in sides[side])
@@ -59,3 +62,38 @@ def test_the_split_depends_on_the_seed_but_not_on_the_order_of_rows():
 def test_fractions_must_be_positive_and_sum_to_one(fractions):
     with pytest.raises(ConfigError, match="split: "):
         split_by_group(rows([("a", "")]), fractions, 0)
+
+
+def test_rows_of_one_prompt_stay_together_whatever_their_groups():
+    annotators = [
+        Preference(prompt=f"prompt {i // 4}", chosen=f"c{i}", rejected="r", group=f"annotator {i}") for i in range(80)
+    ]
+    sides = split_by_group(annotators, {"train": 0.9, "val": 0.1}, seed=0)
+    assert len(sides["val"]) >= 4
+    assert not {p.prompt for p in sides["train"]} & {p.prompt for p in sides["val"]}
+
+
+def test_a_single_user_turn_is_the_prompt_that_its_text_is():
+    both = []
+    for i in range(40):
+        turn = ({"role": "user", "content": f"prompt {i}"},)
+        both += [Preference(prompt=p, chosen=f"c{i}", rejected="r") for p in (f"prompt {i}", turn)]
+    labels = linked_groups(both)
+    assert labels[::2] == labels[1::2]
+    assert len(set(labels)) == 40
+    sides = split_by_group(both, {"train": 0.9, "val": 0.1}, seed=0)
+    with pytest.raises(DataError, match="stand on two sides"):
+        assert_no_leak(both[::2], both[1:2])
+    assert_no_leak(sides["train"], sides["val"])
+
+
+@given(links=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=20))
+def test_linked_groups_are_the_connected_components(links):
+    labels = linked_groups([Preference(prompt=f"p{p}", chosen="c", rejected="r", group=f"g{g}") for p, g in links])
+    for i, (prompt, group) in enumerate(links):
+        reached, grown = {("p", prompt), ("g", group)}, True
+        while grown:
+            near = {n for p, g in links for n in (("p", p), ("g", g)) if {("p", p), ("g", g)} & reached}
+            grown = not near <= reached
+            reached |= near
+        assert [labels[j] == labels[i] for j in range(len(links))] == [("p", p) in reached for p, _ in links]

@@ -78,17 +78,18 @@ class Audit:
     length_unit: str
     domains: dict[str, DomainAudit]
     findings: list[Finding] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def has_errors(self) -> bool:
-        return any(finding.is_error for finding in self.findings)
+        return bool(self.problems) or any(finding.is_error for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "has_errors": self.has_errors}
 
 
 def audit(loaded: Loaded, *, measure: Measure | None = None) -> Audit:
-    """Figures per domain and every finding. Load with `max_bad_share=1` to see all faults at once."""
+    """Figures per domain and every finding. Load with `strict=False` to see all faults at once."""
     lengths = [measure(p) for p in loaded.preferences] if measure else None
     names = sorted({p.domain for p in loaded.preferences} | {row.domain for row in loaded.quarantine})
     return Audit(
@@ -100,6 +101,7 @@ def audit(loaded: Loaded, *, measure: Measure | None = None) -> Audit:
         length_unit="tokens" if measure else "characters",
         domains={name: _domain_audit(name, loaded, lengths) for name in names},
         findings=[*_row_findings(loaded), *_pair_findings(loaded.preferences, lengths)],
+        problems=loaded.problems,
     )
 
 
@@ -189,6 +191,8 @@ def render(audit: Audit, *, width: int = 120) -> str:
         f" Lengths in {audit.length_unit}.",
         markup=False,
     )
+    for problem in audit.problems:
+        console.print(f"\nERROR {problem}", markup=False, soft_wrap=True)
     for line in _finding_lines(audit.findings):
         console.print(line, markup=False, soft_wrap=True)
     assert isinstance(console.file, StringIO)

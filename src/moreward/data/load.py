@@ -23,7 +23,7 @@ import fnmatch
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from types import MappingProxyType
 from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
 from moreward.data.sources import READERS, BadRow, RawRow, expand, read_rows
+from moreward.data.split import linked_groups
 from moreward.errors import DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
 
@@ -77,6 +78,7 @@ class Loaded:
     num_ties: int = 0
     duplicates: int = 0
     contradictions: list[tuple[Preference, Preference]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 def write_quarantine(rows: Iterable[Quarantined], path: str | Path) -> None:
@@ -179,7 +181,8 @@ class _Intake:
             self.num_duplicates += 1
             return False
         self.first_with[key] = preference
-        opposite = self.first_with.get(text_key(preference.prompt, preference.rejected, preference.chosen))
+        swapped = replace(preference, chosen=preference.rejected, rejected=preference.chosen)
+        opposite = self.first_with.get(_key(swapped))
         if opposite is not None:
             self.contradictions.append((opposite, preference))
         return True
@@ -218,6 +221,7 @@ def load_preferences(
     max_bad_share: float = 0.01,
     allow_empty_prompt: bool = False,
     use_margin: bool = True,
+    strict: bool = True,
 ) -> Loaded:
     """Read preferences of any known shape from files, folders, globs and data sets.
 
@@ -231,6 +235,7 @@ def load_preferences(
         max_bad_share: the share of rows that may be quarantined; see `NOT_BAD` for what does not count.
         allow_empty_prompt: keep rows whose prompt is there but blank.
         use_margin: keep margins, and refuse data in which only some rows have one.
+        strict: raise what makes the data unfit as a whole; otherwise it stands in `Loaded.problems`.
 
     Raises:
         DataError: nothing to read, too many bad rows, a domain of which no row is left, a margin in some
@@ -247,17 +252,31 @@ def load_preferences(
         allow_empty_prompt=allow_empty_prompt,
     )
     intake = _Intake(rules)
-    for path in expand(patterns):
+    paths = expand(patterns)
+    empty = []
+    for path in paths:
+        before = intake.num_rows
         for item in read_rows(path):
             intake.take(item)
+        empty += [path] if intake.num_rows == before else []
     loaded = intake.loaded()
-    _check_share(loaded, max_bad_share)
-    if lost := intake.lost_domains():
-        raise DataError(f"No row is left of domain {', '.join(lost)}.{_examples(loaded.quarantine, lost)}")
     if not use_margin:
-        return replace(loaded, preferences=[replace(p, margin=None) for p in loaded.preferences])
-    _check_margins(loaded.preferences)
-    return loaded
+        loaded = replace(loaded, preferences=[replace(p, margin=None) for p in loaded.preferences])
+    problems = list(_problems(loaded, intake, empty, max_bad_share))
+    if problems and strict:
+        raise problems[0]
+    return replace(loaded, problems=[str(problem) for problem in problems])
+
+
+def _problems(loaded: Loaded, intake: _Intake, empty: Sequence[Path], max_bad_share: float) -> Iterator[DataError]:
+    """What makes the data unfit as a whole."""
+    if empty:
+        yield DataError(f"The data has no rows in {', '.join(map(str, empty))}.")
+    if loaded.num_rows:
+        yield from _bad_share(loaded, max_bad_share)
+    if lost := intake.lost_domains():
+        yield DataError(f"No row is left of domain {', '.join(lost)}.{_examples(loaded.quarantine, lost)}")
+    yield from _margins(loaded.preferences)
 
 
 def _load_oasst(patterns: str | Path | Sequence[str | Path], domain: str) -> Loaded:
@@ -279,7 +298,8 @@ def _load_oasst(patterns: str | Path | Sequence[str | Path], domain: str) -> Loa
 
 
 def _key(preference: Preference) -> str:
-    return text_key(preference.prompt, preference.chosen, preference.rejected)
+    beside = json.dumps([preference.tools, preference.chat_template_kwargs], default=dict)
+    return text_key(preference.prompt, preference.chosen, preference.rejected, beside)
 
 
 def domain_of_file(file: str) -> str:
@@ -298,13 +318,11 @@ def _is_edge(part: str) -> bool:
     return not part or part.isdigit() or part.lower() in _SPLIT_WORDS + _PLAIN_WORDS
 
 
-def _check_share(loaded: Loaded, max_bad_share: float) -> None:
-    if loaded.num_rows == 0:
-        raise DataError("The data has no rows.")
+def _bad_share(loaded: Loaded, max_bad_share: float) -> Iterator[DataError]:
     bad = [row for row in loaded.quarantine if row.reason not in NOT_BAD]
     if len(bad) > max_bad_share * loaded.num_rows or not loaded.preferences:
         counts = ", ".join(f"{reason} {n}" for reason, n in Counter(r.reason for r in loaded.quarantine).most_common())
-        raise DataError(
+        yield DataError(
             f"{len(bad)} of {loaded.num_rows} rows are bad ({len(bad) / loaded.num_rows:.1%}) and"
             f" {loaded.num_kept_rows} can be used; max_bad_share allows {max_bad_share:.1%}. Not used: {counts}."
             f"{_listed(map(str, bad or loaded.quarantine))}"
@@ -322,10 +340,10 @@ def _listed(lines: Iterable[str]) -> str:
     return "".join(f"\n  {line}" for line in every[:_NUM_SHOWN] + more)
 
 
-def _check_margins(preferences: Sequence[Preference]) -> None:
+def _margins(preferences: Sequence[Preference]) -> Iterator[DataError]:
     without = [p.source for p in preferences if p.margin is None]
     if without and len(without) < len(preferences):
-        raise DataError(
+        yield DataError(
             f"{len(preferences) - len(without)} pairs have a margin and {len(without)} have none."
             " Give every row a margin, or none, or leave margins out with train.use_margin=false."
             f" Without:{_listed(without)}"
@@ -343,12 +361,13 @@ def check_domains(preferences: Iterable[Preference], known: Sequence[str]) -> No
 def assert_no_leak(train: Sequence[Preference], other: Sequence[Preference]) -> None:
     """Raise a `DataError` if a pair, or a prompt group, stands on both sides; the rows are named."""
     pairs = {_key(p): p for p in train}
-    groups = {p.prompt_group: p for p in train}
+    labels = linked_groups([*train, *other])
+    groups = dict(zip(labels, train, strict=False))
     leaks = []
-    for row in other:
+    for row, label in zip(other, labels[len(train) :], strict=True):
         if (same := pairs.get(_key(row))) is not None:
             leaks.append(f"{_place(row)} is the same pair as {_place(same)}")
-        elif (kin := groups.get(row.prompt_group)) is not None:
+        elif (kin := groups.get(label)) is not None:
             leaks.append(f"{_place(row)} has the prompt or group of {_place(kin)}")
     if leaks:
         raise DataError(f"{len(leaks)} rows stand on two sides of a split. Split by group again.{_listed(leaks)}")

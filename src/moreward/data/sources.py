@@ -30,6 +30,7 @@ HUB_PREFIX = "hf:"
 REGISTRY_NAME = "dataset_info.json"
 
 _BOM = b"\xef\xbb\xbf"
+_MAX_PEEK = 2**24
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANK = re.compile(r"[ \t\n\r]*")
 
@@ -107,7 +108,7 @@ def _in_folder(folder: Path) -> list[Path]:
             continue
         if path.is_dir():
             found += _in_folder(path)
-        elif _reader(path) and (path.suffix != ".json" or _holds_array(path)):
+        elif _reader(path) and (path.suffix != ".json" or _holds_array(path) or _holds_lines(path)):
             found.append(path)
     return found
 
@@ -115,6 +116,16 @@ def _in_folder(folder: Path) -> list[Path]:
 def _holds_array(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).removeprefix(_BOM).lstrip().startswith(b"[")
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether a `.json` file starts with two JSON objects, a line each: rows, not a configuration."""
+    with path.open("rb") as file:
+        lines = [file.readline(_MAX_PEEK).removeprefix(_BOM) for _ in range(2)]
+    try:
+        return all(isinstance(json.loads(line), dict) for line in lines)
+    except ValueError:
+        return False
 
 
 def _saved_kind(folder: Path) -> str:
@@ -600,6 +611,9 @@ READERS: Mapping[str, Callable[[Path], Iterator[Item]]] = {
     ".jsonl": lambda path: _jsonl_rows(_plain_chunks(path), str(path)),
     ".jsonl.gz": lambda path: _jsonl_rows(_gzip_chunks(path), str(path)),
     ".jsonl.zst": lambda path: _jsonl_rows(_zstd_chunks(path), str(path)),
+    ".ndjson": lambda path: _jsonl_rows(_plain_chunks(path), str(path)),
+    ".ndjson.gz": lambda path: _jsonl_rows(_gzip_chunks(path), str(path)),
+    ".ndjson.zst": lambda path: _jsonl_rows(_zstd_chunks(path), str(path)),
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from moreward.errors import ConfigError
-from moreward.types import Preference
+from moreward.types import Preference, text_key
 
 
 def split_by_group(
     preferences: Sequence[Preference], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[Preference]]:
-    """Divide by `prompt_group`, every domain as near to the fractions as whole groups allow.
+    """Divide by `linked_groups`, every domain as near to the fractions as whole groups allow.
 
     Groups come in an order drawn by `seed` and go where their domains lack most rows, so a side gets at most
     one group more than its share of a domain (groups of several domains aside). Which side a group takes does
@@ -24,7 +24,8 @@ def split_by_group(
         ConfigError: fractions that are not positive or do not sum to 1.
     """
     _check(fractions)
-    rows_of = _count_domains(preferences)
+    label_of = linked_groups(preferences)
+    rows_of = _count_domains(preferences, label_of)
     groups = sorted(rows_of)
     random.Random(seed).shuffle(groups)
     totals = Counter(p.domain for p in preferences)
@@ -36,9 +37,37 @@ def split_by_group(
         for domain, n in rows_of[group].items():
             lacking[side][domain] -= n
     sides: dict[str, list[Preference]] = {side: [] for side in fractions}
-    for preference in preferences:
-        sides[side_of[preference.prompt_group]].append(preference)
+    for preference, label in zip(preferences, label_of, strict=True):
+        sides[side_of[label]].append(preference)
     return sides
+
+
+def linked_groups(preferences: Sequence[Preference]) -> list[str]:
+    """A label for each row: rows that have a group or a prompt in common, directly or by way of others, share it.
+
+    A group may be finer than the prompt (an annotator) or wider (a document), so neither alone keeps sides apart.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while (above := parent.setdefault(key, key)) != key:
+            key = above
+        return key
+
+    keys = [_link_keys(preference) for preference in preferences]
+    for first, *others in keys:
+        for other in others:
+            low, high = sorted((root(first), root(other)))
+            parent[high] = low
+    return [root(first) for first, *_ in keys]
+
+
+def _link_keys(preference: Preference) -> list[str]:
+    prompt = preference.prompt
+    if len(prompt) == 1 and not isinstance(prompt, str) and prompt[0].get("role") == "user":
+        prompt = str(prompt[0].get("content") or "")  # one user turn is the same prompt as its bare text
+    by_prompt = [f"prompt/{text_key(prompt)}"] if prompt else []
+    return [f"group/{preference.prompt_group}", *by_prompt]
 
 
 def _check(fractions: Mapping[str, float]) -> None:
@@ -49,9 +78,9 @@ def _check(fractions: Mapping[str, float]) -> None:
         raise ConfigError(f"split: fractions must sum to 1 (got {shown})")
 
 
-def _count_domains(preferences: Sequence[Preference]) -> dict[str, Counter[str]]:
+def _count_domains(preferences: Sequence[Preference], label_of: Sequence[str]) -> dict[str, Counter[str]]:
     """Rows by domain of each group."""
     rows_of: dict[str, Counter[str]] = {}
-    for preference in preferences:
-        rows_of.setdefault(preference.prompt_group, Counter())[preference.domain] += 1
+    for preference, label in zip(preferences, label_of, strict=True):
+        rows_of.setdefault(label, Counter())[preference.domain] += 1
     return rows_of
