@@ -7,10 +7,11 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from moreward.data.load import NOT_BAD, Loaded, Quarantined
-from moreward.types import Preference, Text
+from moreward.data.load import NOT_BAD, Loaded, Quarantined, domain_of_file
+from moreward.types import NO_DOMAIN, Preference, Text
 
 _NUM_SHOWN = 5
 
@@ -34,7 +35,7 @@ Measure: TypeAlias = Callable[[Preference], PairLengths]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault at one place (`file:line`)."""
+    """One fault at one place (`file:line`, or a file)."""
 
     reason: str
     domain: str
@@ -100,7 +101,7 @@ def audit(loaded: Loaded, *, measure: Measure | None = None) -> Audit:
         duplicates=loaded.duplicates,
         length_unit="tokens" if measure else "characters",
         domains={name: _domain_audit(name, loaded, lengths) for name in names},
-        findings=[*_row_findings(loaded), *_pair_findings(loaded.preferences, lengths)],
+        findings=[*_file_findings(loaded), *_row_findings(loaded), *_pair_findings(loaded.preferences, lengths)],
         problems=loaded.problems,
     )
 
@@ -138,6 +139,14 @@ def _characters(pairs: Iterable[Preference]) -> list[tuple[int, int]]:
 
 def _num_characters(text: Text) -> int:
     return len(text.strip()) if isinstance(text, str) else sum(len(turn["content"].strip()) for turn in text)
+
+
+def _file_findings(loaded: Loaded) -> list[Finding]:
+    detail = "unknown kind of file, or a single JSON object"
+    return [
+        Finding("file_not_read", domain_of_file(Path(file).stem) or NO_DOMAIN, file, detail, False)
+        for file in loaded.skipped_files
+    ]
 
 
 def _row_findings(loaded: Loaded) -> list[Finding]:

@@ -2,7 +2,8 @@
 
 The row is the unit: it is kept (at least one of its pairs is) or it stands in the quarantine with one reason,
 so `num_rows == num_kept_rows + len(quarantine)` always. A row that holds several pairs is quarantined whole when
-one of its pairs is faulty; its duplicate pairs are dropped one by one, and it is a `duplicate` when none is left.
+one of its pairs is faulty; its duplicate pairs are dropped one by one, and it is a `duplicate` when none is left. A pair that already stands in
+another domain is a fault of its row, `duplicate_in_other_domain`: only the user can say which of the two is right.
 
 The domain of a row, first that applies:
 
@@ -30,7 +31,7 @@ from types import MappingProxyType
 
 from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
-from moreward.data.sources import READERS, BadRow, RawRow, expand, read_rows
+from moreward.data.sources import READERS, BadRow, Item, RawRow, find_sources, read_rows
 from moreward.data.split import linked_groups
 from moreward.errors import DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
@@ -69,7 +70,8 @@ class Quarantined:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What `load_preferences` read. `duplicates` and `num_ties` count pairs, `contradictions` holds pairs of
-    preferences that are both kept: the second prefers what the first rejects."""
+    preferences that are both kept: the second prefers what the first rejects. `skipped_files` stand among the data
+    and may be data, but cannot be read."""
 
     preferences: list[Preference]
     quarantine: list[Quarantined]
@@ -79,6 +81,7 @@ class Loaded:
     duplicates: int = 0
     contradictions: list[tuple[Preference, Preference]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    skipped_files: list[str] = field(default_factory=list)
 
 
 def write_quarantine(rows: Iterable[Quarantined], path: str | Path) -> None:
@@ -144,7 +147,12 @@ class _Intake:
         self.stated_domains: set[str] = set()
         self.kept_files: set[str] = set()
 
-    def take(self, item: RawRow | BadRow) -> None:
+    def take_all(self, items: Iterable[Item]) -> Loaded:
+        for item in items:
+            self.take(item)
+        return self.loaded()
+
+    def take(self, item: Item) -> None:
         self.num_rows += 1
         if isinstance(item, BadRow):
             place = "" if item.offset is None else f" at byte {item.offset}"
@@ -166,14 +174,20 @@ class _Intake:
         if not converted.preferences:
             self._refuse(item, stated, "tie", "", "all responses have the same rank")
             return
-        fresh = [preference for preference in converted.preferences if self._is_new(preference)]
+        pairs = [replace(p, domain=self.rules.renamed(p.domain)) for p in converted.preferences]
+        for pair in pairs:
+            first = self.first_with.get(_key(pair), pair)
+            if first.domain != pair.domain:
+                detail = f"same as {first.source} of domain {first.domain}"
+                self._refuse(item, stated, "duplicate_in_other_domain", "", detail)
+                return
+        fresh = [pair for pair in pairs if self._is_new(pair)]
         if fresh:
             self.num_kept += 1
             self.kept_files.add(item.file)
-            self.preferences += [replace(p, domain=self.rules.renamed(p.domain)) for p in fresh]
+            self.preferences += fresh
         else:
-            first = self.first_with[_key(converted.preferences[0])]
-            self._refuse(item, stated, "duplicate", "", f"same as {first.source}")
+            self._refuse(item, stated, "duplicate", "", f"same as {self.first_with[_key(pairs[0])].source}")
 
     def _is_new(self, preference: Preference) -> bool:
         key = _key(preference)
@@ -226,7 +240,7 @@ def load_preferences(
     """Read preferences of any known shape from files, folders, globs and data sets.
 
     Args:
-        patterns: see `sources.expand`.
+        patterns: see `sources.find_sources`.
         shape: a name in `FORMATS`, or `oasst`; by default every row's shape is detected.
         fields: our column names to the files' own, such as `{"prompt": "question"}`.
         domain: the domain of rows that name none.
@@ -238,40 +252,46 @@ def load_preferences(
         strict: raise what makes the data unfit as a whole; otherwise it stands in `Loaded.problems`.
 
     Raises:
-        DataError: nothing to read, too many bad rows, a domain of which no row is left, a margin in some
-            rows only, or a file that ends early.
+        DataError: nothing to read, or a file that ends early. If strict: a file without rows, too many bad rows,
+            a domain of which no row is left, or a margin in some rows only.
     """
-    if shape == OASST:
-        return _load_oasst(patterns, domain or OASST)
     rules = _Rules(
-        shape=find_shape(shape, FORMATS) if shape else None,
+        shape=find_shape(shape, FORMATS) if shape and shape != OASST else None,
         fields=fields,
         domain=domain or "",
         domain_key=domain_key or "",
         domain_map=domain_map or {},
         allow_empty_prompt=allow_empty_prompt,
     )
+    found = find_sources(patterns)
+    empty: list[Path] = []
+    items = _items(found.sources, empty)
     intake = _Intake(rules)
-    paths = expand(patterns)
-    empty = []
-    for path in paths:
-        before = intake.num_rows
-        for item in read_rows(path):
-            intake.take(item)
-        empty += [path] if intake.num_rows == before else []
-    loaded = intake.loaded()
+    loaded = _load_oasst(list(items), domain or OASST) if shape == OASST else intake.take_all(items)
     if not use_margin:
         loaded = replace(loaded, preferences=[replace(p, margin=None) for p in loaded.preferences])
-    problems = list(_problems(loaded, intake, empty, max_bad_share))
+    problems = [DataError(f"The data has no rows in {', '.join(map(str, empty))}.")] if empty else []
+    if shape != OASST:
+        problems += _problems(loaded, intake, max_bad_share)
     if problems and strict:
         raise problems[0]
-    return replace(loaded, problems=[str(problem) for problem in problems])
+    skipped = [str(path) for path in found.skipped]
+    return replace(loaded, problems=[str(problem) for problem in problems], skipped_files=skipped)
 
 
-def _problems(loaded: Loaded, intake: _Intake, empty: Sequence[Path], max_bad_share: float) -> Iterator[DataError]:
-    """What makes the data unfit as a whole."""
-    if empty:
-        yield DataError(f"The data has no rows in {', '.join(map(str, empty))}.")
+def _items(sources: Iterable[Path], empty: list[Path]) -> Iterator[Item]:
+    """The rows of all sources; a source that has none is added to `empty`."""
+    for path in sources:
+        num_rows = 0
+        for item in read_rows(path):
+            num_rows += 1
+            yield item
+        if num_rows == 0:
+            empty.append(path)
+
+
+def _problems(loaded: Loaded, intake: _Intake, max_bad_share: float) -> Iterator[DataError]:
+    """What makes rows that were read unfit as a whole."""
     if loaded.num_rows:
         yield from _bad_share(loaded, max_bad_share)
     if lost := intake.lost_domains():
@@ -279,10 +299,9 @@ def _problems(loaded: Loaded, intake: _Intake, empty: Sequence[Path], max_bad_sh
     yield from _margins(loaded.preferences)
 
 
-def _load_oasst(patterns: str | Path | Sequence[str | Path], domain: str) -> Loaded:
+def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:
     """Message trees: the one format whose rows make pairs only together. A message that stands in no pair is in the
     quarantine with its fate, which says nothing against the file."""
-    items = [item for path in expand(patterns) for item in read_rows(path)]
     rows = [item for item in items if isinstance(item, RawRow)]
     for row in rows:
         if missing := sorted(_OASST_FIELDS - set(row.row)):
@@ -298,7 +317,7 @@ def _load_oasst(patterns: str | Path | Sequence[str | Path], domain: str) -> Loa
 
 
 def _key(preference: Preference) -> str:
-    beside = json.dumps([preference.tools, preference.chat_template_kwargs], default=dict)
+    beside = json.dumps([preference.tools, preference.chat_template_kwargs], default=dict, sort_keys=True)
     return text_key(preference.prompt, preference.chosen, preference.rejected, beside)
 
 

@@ -14,6 +14,7 @@ import csv
 import difflib
 import glob
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -30,9 +31,11 @@ HUB_PREFIX = "hf:"
 REGISTRY_NAME = "dataset_info.json"
 
 _BOM = b"\xef\xbb\xbf"
-_MAX_PEEK = 2**24
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANK = re.compile(r"[ \t\n\r]*")
+_OTHER_SUFFIXES = (".md", ".rst", ".py", ".yaml", ".yml", ".toml")
+_PROSE = ("README", "LICENSE", "LICENCE", "NOTICE", "CHANGELOG")
+_NOTES = (REGISTRY_NAME, "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,39 +68,56 @@ Item: TypeAlias = RawRow | BadRow
 # Which files
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What patterns stand for: sources to read, and the files among them that may be data but cannot be read."""
+
+    sources: list[Path]
+    skipped: list[Path]
+
+
 def expand(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The sources of `find_sources`."""
+    return find_sources(patterns).sources
+
+
+def find_sources(patterns: str | Path | Sequence[str | Path]) -> Found:
     """The files, saved data sets and `hf:owner/name[:split]` that patterns stand for, each once, in order.
 
-    A pattern is a path, a folder (all data files under it, and `.json` files only if they hold an array) or a
-    glob. A folder written by `datasets.save_to_disk`, or one with a LLaMA-Factory registry, is one source.
+    A pattern is a path, a folder (all data files under it) or a glob. Folders and globs skip files of an unknown
+    kind and `.json` files that hold a single object. A folder written by `datasets.save_to_disk`, or one with a
+    LLaMA-Factory registry, is one source.
 
     Raises:
         DataError: a pattern without a match, or a file of an unknown kind.
     """
     several = [patterns] if isinstance(patterns, str | Path) else patterns
-    found = [path for pattern in several for path in _matches(str(pattern))]
-    return list(dict.fromkeys(found))
+    found = [_matches(str(pattern)) for pattern in several]
+    sources = dict.fromkeys(path for one in found for path in one.sources)
+    skipped = dict.fromkeys(path for one in found for path in one.skipped if path not in sources)
+    return Found(list(sources), list(skipped))
 
 
-def _matches(pattern: str) -> list[Path]:
+def _matches(pattern: str) -> Found:
     if pattern.startswith(HUB_PREFIX):
-        return [Path(pattern)]
+        return Found([Path(pattern)], [])
     path = Path(pattern).expanduser()
     if path.is_file():
         if _reader(path) is None:
             raise DataError(f"{pattern}: unknown kind of file. Known: {', '.join(READERS)}.")
-        return [path]
-    if path.is_dir():
-        found = _in_folder(path)
-    else:
-        hits = sorted(Path(hit) for hit in glob.glob(str(path), recursive=True))
-        found = [file for hit in hits for file in (_in_folder(hit) if hit.is_dir() else [hit]) if _reader(file)]
-    if not found:
-        raise DataError(f"{pattern}: no data file matches.{_near(path)}")
-    return found
+        return Found([path], [])
+    hits = [path] if path.is_dir() else sorted(Path(hit) for hit in glob.glob(str(path), recursive=True))
+    files = [file for hit in hits for file in (_in_folder(hit) if hit.is_dir() else [hit])]
+    sources = [file for file in files if _is_source(file)]
+    skipped = [file for file in files if _may_be_data(file) and not _is_source(file)]
+    if not sources:
+        unread = f" Not readable: {', '.join(file.name for file in skipped[:5])}." if skipped else _near(path)
+        raise DataError(f"{pattern}: no data file matches.{unread}")
+    return Found(sources, skipped)
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    """Every file under a folder but hidden ones; a saved data set or a registry stands for its whole folder."""
     if _saved_kind(folder):
         return [folder]
     if (folder / REGISTRY_NAME).is_file():
@@ -108,9 +128,19 @@ def _in_folder(folder: Path) -> list[Path]:
             continue
         if path.is_dir():
             found += _in_folder(path)
-        elif _reader(path) and (path.suffix != ".json" or _holds_array(path) or _holds_lines(path)):
+        else:
             found.append(path)
     return found
+
+
+def _is_source(path: Path) -> bool:
+    if path.suffix == ".json" and path.name != REGISTRY_NAME:
+        return _holds_array(path) or _holds_lines(path)
+    return _reader(path) is not None
+
+
+def _may_be_data(path: Path) -> bool:
+    return path.suffix not in _OTHER_SUFFIXES and path.stem.upper() not in _PROSE and path.name not in _NOTES
 
 
 def _holds_array(path: Path) -> bool:
@@ -119,13 +149,10 @@ def _holds_array(path: Path) -> bool:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether a `.json` file starts with two JSON objects, a line each: rows, not a configuration."""
-    with path.open("rb") as file:
-        lines = [file.readline(_MAX_PEEK).removeprefix(_BOM) for _ in range(2)]
-    try:
-        return all(isinstance(json.loads(line), dict) for line in lines)
-    except ValueError:
-        return False
+    """Whether a `.json` file is JSON lines, or empty, rather than one object such as a configuration."""
+    lines = (line for _, _, line in _lines(_plain_chunks(path)) if line is None or line.strip())
+    starts = [b"{" if line is None else line[:1] for line in itertools.islice(lines, 2)]
+    return not starts or starts[1:] == [b"{"]
 
 
 def _saved_kind(folder: Path) -> str:

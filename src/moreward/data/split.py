@@ -1,4 +1,4 @@
-"""Train, validation and test sides such that no prompt group stands on two of them."""
+"""Train, validation and test sides such that no group and no prompt stands on two of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def linked_groups(preferences: Sequence[Preference]) -> list[str]:
 
     def root(key: str) -> str:
         while (above := parent.setdefault(key, key)) != key:
-            key = above
+            parent[key] = key = parent[above]  # halves the way for the next one
         return key
 
     keys = [_link_keys(preference) for preference in preferences]
@@ -66,8 +66,10 @@ def _link_keys(preference: Preference) -> list[str]:
     prompt = preference.prompt
     if len(prompt) == 1 and not isinstance(prompt, str) and prompt[0].get("role") == "user":
         prompt = str(prompt[0].get("content") or "")  # one user turn is the same prompt as its bare text
-    by_prompt = [f"prompt/{text_key(prompt)}"] if prompt else []
-    return [f"group/{preference.prompt_group}", *by_prompt]
+    is_blank = not (prompt.strip() if isinstance(prompt, str) else prompt)
+    responses = sorted((preference.chosen, preference.rejected), key=text_key)
+    by_text = text_key(*responses) if is_blank else text_key(prompt)
+    return [*([f"group/{preference.group}"] if preference.group else []), f"prompt/{by_text}"]
 
 
 def _check(fractions: Mapping[str, float]) -> None:
