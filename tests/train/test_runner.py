@@ -439,7 +439,13 @@ def test_what_a_killed_save_left_is_removed(tiny_backbone: Tiny, data: Path, tmp
     left = tmp_path / "run" / ".model-999999999"
     (left / "backbone").mkdir(parents=True)
     train(given("arliss", tiny_backbone("bert"), data, tmp_path / "run", "train.max_steps=1"))
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "metrics.jsonl", "model", "quarantine.jsonl"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        ".lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "quarantine.jsonl",
+    ]
 
 
 @pytest.mark.parametrize("missing", ["out", "data.train"])
