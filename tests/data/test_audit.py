@@ -102,3 +102,28 @@ def test_the_rendered_audit_names_domains_reasons_and_places(tmp_path):
     assert "x.jsonl:10: rejected: is missing" in text
     assert "... and 2 more" in text
     assert "16 rows = 9 kept + 7 not kept" in text
+
+
+UNFIT = {
+    "every row bad": ([row(0, domain="a") | {"chosen": 1}], "1 of 1 rows are bad"),
+    "a domain with bad rows only": ([row(0), row(1, domain="law") | {"chosen": 1}], "No row is left of domain law"),
+    "margins in some rows": ([row(0, margin=1), row(1)], "1 pairs have a margin and 1 have none"),
+    "an empty file": ([], "no rows in"),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), UNFIT.values(), ids=UNFIT)
+def test_data_unfit_as_a_whole_is_described_not_refused(tmp_path, rows, message):
+    found = audit(load(tmp_path / "x.jsonl", rows, strict=False), measure=measure)
+    assert found.has_errors
+    assert message in render(found, width=160)
+    assert any(message in problem for problem in json.loads(json.dumps(found.to_json()))["problems"])
+
+
+def test_files_that_were_not_read_are_remarks(tmp_path):
+    (tmp_path / "law.tsv").write_text("x")
+    load(tmp_path / "x.jsonl", [row(0)])
+    found = audit(load_preferences(tmp_path))
+    assert not found.has_errors
+    assert [(f.reason, f.domain) for f in found.findings] == [("file_not_read", "law")]
+    assert f"{tmp_path / 'law.tsv'}: unknown kind of file" in render(found, width=160)

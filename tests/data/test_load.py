@@ -219,6 +219,49 @@ def test_unknown_domains_are_named_with_the_known_ones():
         check_domains([stranger], ["code", "chat"])
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("law.jsonl", ""), ("law.json", "[]"), ("law.csv", "prompt,chosen,rejected\n")]
+)
+@pytest.mark.parametrize("shape", [None, "oasst"])
+def test_a_file_without_rows_is_named(tmp_path, name, text, shape):
+    (tmp_path / name).write_text(text)
+    if shape is None:
+        write(tmp_path / "code.jsonl", [row(0)])
+    with pytest.raises(DataError, match=f"no rows in .*{name}"):
+        load_preferences(tmp_path, shape=shape)
+    assert len(load_preferences(tmp_path, shape=shape, strict=False).problems) == 1
+
+
+def test_files_that_cannot_be_read_are_listed(tmp_path):
+    write(tmp_path / "code.jsonl", [row(0)])
+    write(tmp_path / "law.tsv", ["x"])
+    assert load_preferences(tmp_path).skipped_files == [str(tmp_path / "law.tsv")]
+
+
+# Duplicates
+
+
+def test_the_same_pair_in_another_domain_is_a_fault(tmp_path):
+    path = write(tmp_path / "x.jsonl", [row(0, domain="law"), row(1, domain="code"), row(0, domain="code")])
+    loaded = load_preferences(path, max_bad_share=0.5)
+    assert [(q.line, q.domain, q.reason) for q in loaded.quarantine] == [(3, "code", "duplicate_in_other_domain")]
+    assert loaded.quarantine[0].detail.endswith("x.jsonl:1 of domain law")
+    with pytest.raises(DataError, match="duplicate_in_other_domain 1"):
+        load_preferences(path)
+    assert load_preferences(path, domain_map={"law": "code"}).duplicates == 1
+
+
+def test_pairs_with_other_tools_or_template_arguments_are_no_duplicates(tmp_path):
+    rows = [
+        row(0),
+        row(0, tools=[{"name": "f"}]),
+        row(0, chat_template_kwargs={"a": 1, "b": 2}),
+        row(0, chat_template_kwargs={"b": 2, "a": 1}),
+    ]
+    loaded = load_preferences(write(tmp_path / "x.jsonl", rows))
+    assert (len(loaded.preferences), loaded.duplicates) == (3, 1)
+
+
 # Margins
 
 
@@ -227,6 +270,8 @@ def test_margins_in_some_rows_only_are_an_error_naming_the_others(tmp_path):
     with pytest.raises(DataError, match="2 pairs have a margin and 1 have none") as caught:
         load_preferences(path)
     assert "x.jsonl:2" in str(caught.value)
+    assert "train.use_margin=false" in str(caught.value)
+    assert [p.margin for p in load_preferences(path, use_margin=False).preferences] == [None] * 3
 
 
 @pytest.mark.parametrize(("margins", "expected"), [([1, 0.5], [1.0, 0.5]), ([None, None], [None, None])])

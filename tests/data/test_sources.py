@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moreward.data import sources
 from moreward.data.formats import RowError, convert
-from moreward.data.sources import BadRow, RawRow, expand, read_rows
+from moreward.data.sources import BadRow, RawRow, expand, find_sources, read_rows
 from moreward.errors import DataError, MissingExtraError
 
 
@@ -385,6 +385,45 @@ def test_patterns_give_each_file_once_in_order(tmp_path):
     names = [path.relative_to(tmp_path).as_posix() for path in expand([tmp_path / "b.jsonl", tmp_path])]
     assert names == ["b.jsonl", "a.jsonl.gz", "rows.json", "sub/c.csv"]
     assert [path.name for path in expand(f"{tmp_path}/**/*.csv")] == ["c.csv"]
+
+
+def test_a_folder_and_a_glob_find_and_skip_the_same_files(tmp_path):
+    lines_of = {
+        "a.ndjson": '{"x": 1}',
+        "b.json": '{"x": 1}\n\n{"x": 2}',
+        "c.json": '[{"x": 1}]',
+        "empty.json": "",
+        "law.jsonl": "",
+        "one.json": '{"x": 1}',
+        "pretty.json": '{\n "x": [\n  {"y": 1}\n ]\n}',
+        "med.tsv": "x",
+        "chat.txt": "x",
+        "README.md": "x",
+        "README": "x",
+        "LICENSE": "x",
+        ".hidden.txt": "x",
+    }
+    for name, text in lines_of.items():
+        (tmp_path / name).write_text(text)
+    folder, by_glob = find_sources(tmp_path), find_sources(tmp_path / "*")
+    assert folder == by_glob
+    assert [path.name for path in folder.sources] == ["a.ndjson", "b.json", "c.json", "empty.json", "law.jsonl"]
+    assert [path.name for path in folder.skipped] == ["chat.txt", "med.tsv", "one.json", "pretty.json"]
+    assert [item.row for item in read_rows(tmp_path / "b.json")] == [{"x": 1}, {"x": 2}]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_ndjson_is_jsonl_by_another_name(tmp_path, packing):
+    path = write(tmp_path, f".jsonl{packing}", lines(*GOOD))
+    rows = [item.row for item in read_rows(path)]
+    assert rows
+    assert [item.row for item in read_rows(path.rename(tmp_path / f"x.ndjson{packing}"))] == rows
+
+
+def test_a_folder_of_unreadable_files_names_them(tmp_path):
+    (tmp_path / "law.tsv").write_text("x")
+    with pytest.raises(DataError, match=r"no data file matches\. Not readable: law\.tsv"):
+        expand(tmp_path)
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_found(tmp_path):

@@ -97,3 +97,16 @@ def test_linked_groups_are_the_connected_components(links):
             grown = not near <= reached
             reached |= near
         assert [labels[j] == labels[i] for j in range(len(links))] == [("p", p) in reached for p, _ in links]
+
+
+def test_blank_prompts_join_nothing():
+    blank = [Preference(prompt=" ", chosen=f"c{i}", rejected="r") for i in range(10)]
+    assert len(set(linked_groups(blank))) == 10
+
+
+def test_a_long_chain_of_shared_groups_and_prompts_is_one_linked_group_in_any_order():
+    chain = [
+        Preference(prompt=f"p{i + d}", chosen="c", rejected="r", group=f"g{i}") for i in range(5_000) for d in (0, 1)
+    ]
+    assert len(set(linked_groups(chain))) == 1
+    assert set(linked_groups(chain)) == set(linked_groups(chain[::-1]))

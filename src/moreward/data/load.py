@@ -2,8 +2,9 @@
 
 The row is the unit: it is kept (at least one of its pairs is) or it stands in the quarantine with one reason,
 so `num_rows == num_kept_rows + len(quarantine)` always. A row that holds several pairs is quarantined whole when
-one of its pairs is faulty; its duplicate pairs are dropped one by one, and it is a `duplicate` when none is left. A pair that already stands in
-another domain is a fault of its row, `duplicate_in_other_domain`: only the user can say which of the two is right.
+one of its pairs is faulty; its duplicate pairs are dropped one by one, and it is a `duplicate` when none is left.
+A pair that already stands in another domain is a fault of its row, `duplicate_in_other_domain`: only the user can
+say which of the two is right.
 
 The domain of a row, first that applies:
 

@@ -76,7 +76,10 @@ def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = N
     config = given if isinstance(given, RunConfig) else resolve(given)
     if not config.data.train:
         raise ConfigError("data.train: is required: files, folders or globs of preference pairs")
+    reporter = reporter or Silent()
     pairs = read_pairs(config)
+    for name in pairs.report["train"]["skipped_files"]:
+        reporter.say(f"not read: {name} (not a kind of data file that is known)")
     return train_on(config, pairs, reporter=reporter)
 
 
@@ -134,6 +137,7 @@ def _told(loaded: Loaded) -> dict[str, Any]:
         "ties": loaded.num_ties,
         "duplicates": loaded.duplicates,
         "contradictions": len(loaded.contradictions),
+        "skipped_files": list(map(str, loaded.skipped_files)),
     }
 
 
