@@ -148,7 +148,7 @@ def test_the_card_accounts_for_every_row(tiny_backbone: Tiny, pairs: Sequence[Pr
     )
     told = card(run)["data"]
     assert told["train"] | {"contradictions": 0} == {
-        "rows": 45, "pairs": 41, "ties": 0, "duplicates": 1, "contradictions": 0
+        "rows": 45, "pairs": 41, "ties": 0, "duplicates": 1, "contradictions": 0, "skipped_files": []
     }  # fmt: skip
     not_used = Counter({d: sum(reasons.values()) for d, reasons in told["not_used"].items()})
     used = sum(told["train_pairs"].values()) + sum(told["val_pairs"].values())
