@@ -27,9 +27,9 @@ import moreward
 from moreward import scoring
 from moreward.bulk import score_file
 from moreward.data.batches import Encoder, conversation_batch, side
-from moreward.errors import DataError, NonFiniteError, RunError
+from moreward.errors import ConfigError, DataError, NonFiniteError, RunError
 from moreward.nn.features import FeatureStore
-from moreward.scoring import Scorer, judge_once, load
+from moreward.scoring import Scorer, judge_once, load, pick_device
 from moreward.types import Conversation, Preference
 from trained import edit_card, trained
 
@@ -500,3 +500,9 @@ def test_a_file_gets_the_rewards_of_the_scorer(scorer: Scorer, items: list[Conve
     wanted = [r.reward for r in scorer.score(items)]
     assert [line["reward"] for line in lines[:-1]] == pytest.approx(wanted, abs=TOLERANCE)
     assert "the limit is 96" in lines[-1]["error"]["message"]
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="device: 'foo' is not there; use auto, cpu"):
+        pick_device("foo")
+    assert pick_device("cpu").type == "cpu"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moreward.data.batches import Encoded, Encoder, conversation_batch
-from moreward.errors import DataError, NonFiniteError, RunError
+from moreward.errors import ConfigError, DataError, NonFiniteError, RunError
 from moreward.nn.features import FeatureStore
 from moreward.runs import identity, model_folder, read_model
 from moreward.systems._base import System
@@ -55,7 +55,7 @@ class Scorer:
     def __init__(
         self, system: System, encoder: Encoder, card: Mapping[str, Any], *, identity: str = "", device: str = "auto"
     ) -> None:
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = pick_device(device)
         self.system = system.eval().to(self.device)
         self.encoder = encoder
         self.card = card
@@ -262,6 +262,16 @@ def judge_once(system: System, batch: Batch, wanted_NJ: Tensor, num_experts: int
     rows_M, experts_M1 = pairs // num_experts, (pairs % num_experts)[:, None]
     reward_M = system.judge(batch.rows(rows_M), experts_M1)[:, 0]
     return reward_M[place_M].view(wanted_NJ.shape)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. ConfigError for a device that is not there."""
+    kind = name.split(":")[0]
+    if kind not in ("auto", "cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(
+            f"device: {name!r} is not there; use auto, cpu{' or cuda' if torch.cuda.is_available() else ''}"
+        )
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def as_text(value: Any) -> Text:
