@@ -301,12 +301,3 @@ def test_a_vocabulary_without_a_word_is_refused(tiny_backbone: Get, tmp_path: Pa
 def test_padding_always_has_a_token(kind: str, tiny_backbone: Get) -> None:
     tokenizer = load_tokenizer(str(tiny_backbone(kind)))
     assert isinstance(tokenizer.pad_token_id, int)
-
-
-def test_gradients_are_kept_only_while_something_of_the_backbone_learns(tiny_backbone: Get) -> None:
-    backbone = Backbone.load(str(tiny_backbone("bert")))
-    with backbone.inference():
-        assert torch.is_grad_enabled()
-    backbone.requires_grad_(False)
-    with backbone.inference():
-        assert not torch.is_grad_enabled()

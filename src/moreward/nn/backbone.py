@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,11 +261,6 @@ class Backbone(nn.Module):
             return hidden_NTD[torch.arange(len(last_N), device=last_N.device), last_N]  # type: ignore[no-any-return]
         weight_NT1 = mask_NT.unsqueeze(-1).to(hidden_NTD.dtype)
         return (hidden_NTD * weight_NT1).sum(1) / weight_NT1.sum(1)  # type: ignore[no-any-return]
-
-    def inference(self) -> Any:
-        """A context without gradients where nothing of the backbone learns, else one that does nothing."""
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        return nullcontext() if learns else torch.no_grad()
 
 
 def align_left(ids_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Tensor]:
