@@ -18,7 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moreward.errors import BackboneError, MissingExtraError
+from moreward.nn.adapted import Kept, StreamLinear
+from moreward.nn.families import Family, find_family
 from moreward.nn.linear import speed_up
+from moreward.nn.packing import Stream, pack
 
 if TYPE_CHECKING:
     from moreward.nn.features import FeatureStore
@@ -109,10 +112,14 @@ class Backbone(nn.Module):
     - `mean`, `first`, `last`: over the real tokens by the mask, never by looking for the pad id;
     - `auto`: `last` for decoders; for encoders `mean` where the directory is a sentence-transformer that pools so,
       else `own`.
+
+    Architectures that `nn.families` knows compute packed, without padding; all others, and any with `family` set to
+    None, by their own code.
     """
 
     model: nn.Module
     bank: LoRABank | None
+    family: Family | None
     store: FeatureStore | None
 
     def __init__(self, classifier: nn.Module, *, pooling: str = "auto", name: str = "") -> None:
@@ -130,13 +137,17 @@ class Backbone(nn.Module):
         self.pretrained: frozenset[str] = frozenset()
         self.bank = None
         self.store = None
+        base: Any = classifier.base_model
         if self.pooling == "own":
             classifier.set_submodule(last, nn.Identity())
             self.model = classifier
         else:
-            self.model = classifier.base_model  # type: ignore[assignment]
+            self.model = base
             _drop_unused_pooler(self.model)
         speed_up(self.model)
+        self.family = find_family(base, classifier if self.pooling == "own" else None)
+        self.kept = Kept()
+        self._module_names = {module: name for name, module in self.model.named_modules()}
         self._extra_inputs = self._constant_inputs()
 
     def _choose_pooling(self, pooling: str) -> str:
@@ -235,8 +246,13 @@ class Backbone(nn.Module):
     def encode(self, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None = None) -> Tensor:
         """As `forward`, always computed."""
         ids_NT, mask_NT = align_left(ids_NT, mask_NT)
-        if adapter_N is None or self.bank is None:
+        if self.bank is None:
+            adapter_N = None
+        if self.family is not None:
+            return self._packed(self.family, ids_NT, mask_NT, adapter_N)
+        if adapter_N is None:
             return self._pooled(ids_NT, mask_NT)
+        assert self.bank is not None
         groups = [adapter_N.new_ones(len(adapter_N), dtype=torch.bool)]
         if not self.bank.mixes_rows:
             groups = [adapter_N == a for a in adapter_N.unique()]
@@ -245,6 +261,40 @@ class Backbone(nn.Module):
             with self.bank.using(adapter_N[rows_N]):
                 hidden_ND = hidden_ND.index_put((rows_N,), self._pooled(ids_NT[rows_N], mask_NT[rows_N]))
         return hidden_ND
+
+    def _packed(self, family: Family, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None) -> Tensor:
+        adapters = [-1] * len(ids_NT) if adapter_N is None else adapter_N.tolist()
+        stream = pack(
+            _rows_of_tokens(ids_NT, mask_NT),
+            adapters,
+            share_prefixes=family.causal and self.pooling == "last" and ids_NT.device.type == "cpu",
+            device=ids_NT.device,
+        )
+        linear = self._linear(stream)
+        trunk = 0 if self.bank is None or adapter_N is None else self.bank.num_trunk_layers
+        if trunk:
+            lower, place_T = stream.without_adapters()
+            x_TD = self._layers(family, lower, range(trunk), self._linear(lower))[place_T]
+        else:
+            x_TD = family.embed(stream, linear)
+        keep_L = {"mean": None, "last": stream.last_L}.get(self.pooling, stream.first_L)
+        last = family.num_layers - 1
+        for i in range(trunk, family.num_layers):
+            x_TD = family.layer(i, x_TD, stream, linear, keep_L if i == last else None)
+        x_TD = family.final(x_TD)
+        if self.pooling == "own":
+            x_TD = family.pooled(x_TD, linear)
+        pooled_LD = _mean_of_leaves(x_TD, stream) if self.pooling == "mean" else x_TD
+        return pooled_LD.float()[torch.tensor(stream.leaf_of_N, device=pooled_LD.device)]
+
+    def _layers(self, family: Family, stream: Stream, layers: range, linear: StreamLinear) -> Tensor:
+        x_TD = family.embed(stream, linear)
+        for i in layers:
+            x_TD = family.layer(i, x_TD, stream, linear, None)
+        return x_TD
+
+    def _linear(self, stream: Stream) -> StreamLinear:
+        return StreamLinear(stream, self._module_names, self.bank, self.kept, merges=not self.training)
 
     def _pooled(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         inputs = {"input_ids": ids_NT, "attention_mask": mask_NT, **self._extra_inputs}
@@ -261,6 +311,19 @@ class Backbone(nn.Module):
             return hidden_NTD[torch.arange(len(last_N), device=last_N.device), last_N]  # type: ignore[no-any-return]
         weight_NT1 = mask_NT.unsqueeze(-1).to(hidden_NTD.dtype)
         return (hidden_NTD * weight_NT1).sum(1) / weight_NT1.sum(1)  # type: ignore[no-any-return]
+
+
+def _rows_of_tokens(ids_NT: Tensor, mask_NT: Tensor) -> list[tuple[int, ...]]:
+    """The real tokens of each row, whose padding stands at the end."""
+    lengths = mask_NT.sum(1).tolist()
+    return [tuple(row[:length]) for row, length in zip(ids_NT.tolist(), lengths, strict=True)]
+
+
+def _mean_of_leaves(x_TD: Tensor, stream: Stream) -> Tensor:
+    """The mean of each text's tokens, in the order of the stream's leaves."""
+    sizes = [run.stop - run.start for run in stream.runs]
+    parts = zip(stream.runs, x_TD.split(sizes), strict=True)
+    return torch.cat([x.unflatten(0, (run.count, run.length)).mean(1) for run, x in parts])
 
 
 def align_left(ids_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,21 @@
 """fp32 linear maps at the speed of the processor.
 
-PyTorch's fp32 product on CPU is MKL's, which leaves processors that are not Intel's at half their speed; oneDNN, which
-PyTorch also carries, does not (measured on Zen 5: 2.2 times faster forward, 2.1 for dx, 1.5 to 2 for dW, relative
-difference below 2e-6). The choice depends on the machine alone, so a run repeats bit for bit on it.
+PyTorch's fp32 product on CPU is MKL's, which leaves AMD's AVX-512 processors at half their speed; oneDNN, which
+PyTorch also carries, does not (Zen 5: 2.2 times faster forward, 2.1 for dx, 1.5 to 2 for dW, relative difference below
+2e-6). On AMD's AVX2 processors it is the other way round (Zen 3: oneDNN 0.8 to 1.0 forward, 0.55 to 0.7 for dW). So
+the product is chosen by measurement, for each shape, when a model is loaded. The choice is kept on disk, for a run must
+repeat bit for bit on its machine: see `choices_file`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
-from functools import cache
+import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +23,170 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moreward.nn.features import cache_folder
+
+log = logging.getLogger(__name__)
+
 TOLERANCE = 1e-5
+WORTH = 1.15
+"""oneDNN must be this much faster: MKL is what everybody else computes with, and near equals should not flip."""
+FEW, MANY = 32, 512
+"""Rows at which a shape is measured; products of fewer than four times FEW rows go by the first."""
+MAX_FLOP = 4e8
+
+Kind = str  # "forward", "dx" or "dW"
+Shape = tuple[Kind, int, int, int]  # kind, rows (FEW or MANY), in, out
+
+_choices: dict[Shape, bool] = {}
+"""Whether oneDNN computes this shape; a shape that is not here is MKL's."""
 
 
-@cache
-def use_onednn() -> bool:
-    """Whether fp32 products go to oneDNN here: not an Intel processor, and the private operator exists and agrees
-    with `F.linear`. `MOREWARD_LINEAR=plain` says no."""
-    if os.environ.get("MOREWARD_LINEAR") == "plain" or _vendor() != "AuthenticAMD":
-        return False
-    generator = torch.Generator("cpu").manual_seed(0)
-    # On the CPU whatever the default device is: models that are only counted are built on "meta".
-    x, weight = (torch.randn(shape, generator=generator, device="cpu") for shape in ((8, 64), (32, 64)))
-    try:
-        found, wanted = _product(x, weight, None), F.linear(x, weight)
-    except (AttributeError, RuntimeError, TypeError):  # the operator is private: another torch may lack or change it
-        return False
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+def choices_file() -> Path:
+    """Where the choices for this processor, torch and number of threads are kept."""
+    machine = f"{_processor()}/{torch.__version__}/{torch.get_num_threads()}"
+    return cache_folder() / "linear" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
-def _vendor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+def speed_up(model: nn.Module) -> None:
+    """Let every plain linear layer of a model use the faster product for its shape. Names and tensors stay.
+
+    `MOREWARD_LINEAR=plain` leaves the model as it is.
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    if os.environ.get("MOREWARD_LINEAR") == "plain" or any(m.weight.device.type != "cpu" for m in layers):
+        return
+    settle({(m.in_features, m.out_features) for m in layers})
+    for layer in layers:
+        layer.__class__ = FastLinear
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+def settle(sizes: set[tuple[int, int]]) -> None:
+    """Measure, or read back, the products of layers of these (in, out) sizes."""
+    known = _read(choices_file())
+    wanted = [(kind, rows, i, o) for i, o in sorted(sizes) for kind in _MAPS for rows in (FEW, MANY)]
+    new = {shape: _onednn_wins(*shape) for shape in wanted if shape not in known}
+    if new:
+        known = _keep(choices_file(), new)
+    _choices.update({shape: known[shape] for shape in wanted})
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by the product that is faster here."""
+    is_fp32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    if not is_fp32 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    num_out, num_in = weight.shape
+    rows = _rows(x)
+    if not any(_choices.get((kind, rows, num_in, num_out), False) for kind in _MAPS):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias, rows)  # type: ignore[no-any-return]
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear` by the faster product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _product(x, weight, bias)
+        ctx.has_bias, ctx.rows = bias is not None, rows
+        return _by("forward", rows, weight)(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dy = grads[0].contiguous()
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = _product(dy, weight.t(), None) if need_x else None
-        dweight = _product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if need_weight else None
-        return dx, dweight, rows.sum(0) if need_bias and ctx.has_bias else None
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        flat_dy = dy.reshape(-1, dy.shape[-1])
+        dx = _by("dx", ctx.rows, weight)(dy, weight.t(), None) if need_x else None
+        dweight = None
+        if need_weight:
+            dweight = _by("dW", ctx.rows, weight)(flat_dy.t(), x.reshape(-1, x.shape[-1]).t(), None)
+        return dx, dweight, flat_dy.sum(0) if need_bias and ctx.has_bias else None, None
 
 
-class FastLinear(nn.Linear):
-    """`nn.Linear` whose fp32 product on CPU is oneDNN's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        is_fp32 = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
-        if not is_fp32 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, self.weight, self.bias)
-        return _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
+def _by(kind: Kind, rows: int, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    num_out, num_in = weight.shape
+    return onednn if _choices.get((kind, rows, num_in, num_out), False) else F.linear
 
 
-def speed_up(model: nn.Module) -> None:
-    """Let every plain linear layer of a model use the faster product, where there is one. Names and tensors stay."""
-    if use_onednn():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = FastLinear
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's product, by an operator that is private to PyTorch."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _rows(x: Tensor) -> int:
+    return FEW if x.numel() < 4 * FEW * x.shape[-1] else MANY
+
+
+# Measuring
+
+_MAPS: dict[Kind, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "forward": lambda x, weight, dy: (x, weight),
+    "dx": lambda x, weight, dy: (dy, weight.t()),
+    "dW": lambda x, weight, dy: (dy.t(), x.t()),
+}
+
+
+def _onednn_wins(kind: Kind, rows: int, num_in: int, num_out: int) -> bool:
+    rows = max(1, min(rows, int(MAX_FLOP / (2 * num_in * num_out))))
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = ((rows, num_in), (num_out, num_in), (rows, num_out))
+    # On the CPU whatever the default device is: models that are only counted are built on "meta".
+    x, weight, dy = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+    with torch.no_grad():
+        a, b = _MAPS[kind](x, weight, dy)
+        try:
+            found, wanted = onednn(a, b, None), F.linear(a, b)
+        except (AttributeError, RuntimeError, TypeError):  # another torch may lack or change the operator
+            return False
+        if not bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()):
+            return False
+        flop = 2 * rows * num_in * num_out
+        return _seconds(lambda: F.linear(a, b), flop) > WORTH * _seconds(lambda: onednn(a, b, None), flop)
+
+
+def _seconds(work: Callable[[], object], flop: float) -> float:
+    """The best of a few rounds of about a millisecond or one call."""
+    calls = max(1, int(5e7 / flop))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return "/".join(told.get(key, "") for key in ("vendor_id", "cpu family", "model", "flags"))
+
+
+def _read(path: Path) -> dict[Shape, bool]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {(kind, int(rows), int(i), int(o)): bool(wins) for kind, rows, i, o, wins in stored}
+    except (OSError, ValueError, TypeError):  # not there, or damaged: measured again
+        return {}
+
+
+def _keep(path: Path, new: dict[Shape, bool]) -> dict[Shape, bool]:
+    """Add choices to the file; what another process has put there meanwhile stands."""
+    known = {**new, **_read(path)}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps([[*shape, wins] for shape, wins in sorted(known.items())]), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): another run may compute with another product", path, error.strerror)
+    return known

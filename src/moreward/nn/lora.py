@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moreward.errors import ConfigError
+from moreward.nn.adapted import MERGE_FROM
 from moreward.nn.backbone import Backbone, linear_names
 
 
@@ -68,6 +69,7 @@ class LoRABank(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.adapters = nn.ModuleDict()
         self.shapes = _target_shapes(backbone, targets, top_layers)
+        self.num_trunk_layers = 0 if top_layers is None else num_layers(backbone) - top_layers
         self._rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
         self.mixes_rows = _every_input_is_per_row(backbone, self.shapes)
         for name in self.shapes:
@@ -116,6 +118,24 @@ class LoRABank(nn.Module):
         delta_NTO = x_NTI @ A_NRI.mT @ B_NOR.mT * self.scale
         return delta_NTO.squeeze(1) if x.dim() == 2 else delta_NTO
 
+    def weights(self, adapter: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (R, in) and B (out, R) of adapter number `adapter` by module; -1 is no adapter."""
+        if adapter < 0:
+            return {}
+        chosen = self.adapters[self.names[adapter]]
+        return {name: (chosen.A[parameter_key(name)], chosen.B[parameter_key(name)]) for name in self.shapes}  # type: ignore[index]
+
+    def merge_from(self, num_bytes: int) -> int:
+        """From how many rows on merged weights pay: a few, where those of all adapters fit into `num_bytes` and are
+        computed once; else from where merging anew, about R · in · out, costs less than the rows' own products,
+        about R · (in + out) each. It depends on nothing that changes from one batch to the next, so that a batch
+        always gets the same bits."""
+        whole = sum(4 * num_in * num_out for num_in, num_out in self.shapes.values())
+        if whole * len(self.adapters) <= num_bytes:
+            return MERGE_FROM
+        break_even = max(num_in * num_out // (num_in + num_out) for num_in, num_out in self.shapes.values())
+        return 2 * break_even
+
     def merged_delta(self, adapter: str, module: str) -> Tensor:
         """The product that `adapter` adds to the weight of `module`, shape (out, in): scale · B A."""
         weights = self.adapters[adapter]
@@ -145,11 +165,19 @@ def _target_shapes(
 
 def _in_top_layers(names: list[str], top_layers: int) -> list[str]:
     """Modules of the last `top_layers` numbered layers, and those above all layers (a pooler)."""
-    number_of = {n: int(match[1]) for n in names if (match := re.search(r"\.(\d+)\.", n))}
-    num_layers = max(number_of.values(), default=-1) + 1
-    if top_layers > num_layers:
-        raise ConfigError(f"system.adapter_layers: the backbone has {num_layers} layers (got {top_layers})")
-    return [n for n in names if number_of.get(n, num_layers) >= num_layers - top_layers]
+    number_of = _layer_numbers(names)
+    num = max(number_of.values(), default=-1) + 1
+    if top_layers > num:
+        raise ConfigError(f"system.adapter_layers: the backbone has {num} layers (got {top_layers})")
+    return [n for n in names if number_of.get(n, num) >= num - top_layers]
+
+
+def num_layers(backbone: Backbone) -> int:
+    return max(_layer_numbers(linear_names(backbone.model)).values(), default=-1) + 1
+
+
+def _layer_numbers(names: list[str]) -> dict[str, int]:
+    return {n: int(match[1]) for n in names if (match := re.search(r"\.(\d+)\.", n))}
 
 
 def _in_out(module: nn.Module) -> tuple[int, int]:
@@ -173,7 +201,7 @@ def _every_input_is_per_row(backbone: Backbone, shapes: dict[str, tuple[int, int
     was_training = backbone.training
     ids_NT = torch.ones((num_rows, 5), dtype=torch.long, device=device)
     with torch.no_grad():
-        backbone.eval().encode(ids_NT, torch.ones_like(ids_NT))
+        backbone.eval()._pooled(ids_NT, torch.ones_like(ids_NT))
     backbone.train(was_training)
     for hook in hooks:
         hook.remove()
