@@ -1,7 +1,8 @@
 """What a frozen backbone says of a text, computed once and kept, in memory and on disk.
 
-A vector depends on its own text alone, to the bit: every forward has one of a few fixed shapes (32 rows, lengths in
-steps of 32, empty places filled), so it does not matter which texts are computed together or in which run.
+A vector depends on its own text alone, to the bit, so it does not matter which texts are computed together or in which
+run. A packed backbone computes each text in a stream of its own; any other in one of a few fixed shapes (32 rows,
+lengths in steps of 32, empty places filled).
 """
 
 from __future__ import annotations
@@ -54,15 +55,16 @@ class FeatureStore:
     def compute(self, backbone: Backbone, texts: Iterable[list[int]], progress: Progress | None = None) -> int:
         """Make sure of the vectors of these token id lists; returns how many were computed."""
         missing = {key: text for text in texts if (key := _key(text)) not in self._vectors}
+        step, rows = (1, 1) if backbone.family is not None else (STEP, ROWS)
         by_length: dict[int, list[bytes]] = {}
         for key, text in missing.items():
-            by_length.setdefault(-(-len(text) // STEP) * STEP, []).append(key)
+            by_length.setdefault(-(-len(text) // step) * step, []).append(key)
         num_done = 0
         for length in sorted(by_length):
             keys = by_length[length]
-            for start in range(0, len(keys), ROWS):
-                chunk = keys[start : start + ROWS]
-                self._compute_chunk(backbone, chunk, [missing[k] for k in chunk], length)
+            for start in range(0, len(keys), rows):
+                chunk = keys[start : start + rows]
+                self._compute_chunk(backbone, chunk, [missing[k] for k in chunk], rows, length)
                 num_done += len(chunk)
                 if progress is not None:
                     progress(num_done, len(missing))
@@ -71,9 +73,11 @@ class FeatureStore:
         return num_done
 
     @torch.no_grad()
-    def _compute_chunk(self, backbone: Backbone, keys: list[bytes], texts: list[list[int]], length: int) -> None:
+    def _compute_chunk(
+        self, backbone: Backbone, keys: list[bytes], texts: list[list[int]], rows: int, length: int
+    ) -> None:
         device = next(backbone.parameters()).device
-        ids_NT = torch.zeros((ROWS, length), dtype=torch.long)
+        ids_NT = torch.zeros((rows, length), dtype=torch.long)
         mask_NT = torch.zeros_like(ids_NT)
         mask_NT[:, 0] = 1  # an empty place still needs one token to attend to
         for row, text in enumerate(texts):

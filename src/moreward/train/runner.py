@@ -359,7 +359,8 @@ def feature_store(name: str, backbone: Backbone) -> FeatureStore:
     if not sha256:
         return FeatureStore()
     device = next(backbone.parameters()).device.type
-    folder = f"{sha256[:16]}-{backbone.pooling}-torch{version('torch')}-{device}{torch.get_num_threads()}"
+    how = "packed" if backbone.family is not None else "padded"
+    folder = f"{sha256[:16]}-{backbone.pooling}-{how}-torch{version('torch')}-{device}{torch.get_num_threads()}"
     return FeatureStore(cache_folder() / "features" / folder)
 
 
