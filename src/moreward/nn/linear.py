@@ -151,8 +151,8 @@ def _onednn_wins(kind: Kind, rows: int, num_in: int, num_out: int) -> bool:
 
 
 def _seconds(work: Callable[[], object], flop: float) -> float:
-    """The best of a few rounds of about a millisecond or one call."""
-    calls = max(1, int(5e7 / flop))
+    """The best of a few rounds of up to ten calls."""
+    calls = max(1, min(10, int(5e7 / flop)))
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
