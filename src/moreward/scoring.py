@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from moreward.data.batches import Encoded, Encoder, conversation_batch
 from moreward.errors import ConfigError, DataError, NonFiniteError, RunError
 from moreward.nn.features import FeatureStore
 from moreward.runs import identity, model_folder, read_model
-from moreward.systems._base import System
-from moreward.types import Batch, Conversation, Reward, RoutedReward, Text
+from moreward.systems._base import RoutedSystem, System
+from moreward.types import Batch, Conversation, Reward, RoutedReward, Routing, Text, concatenated
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
+"""What a processor's caches like best; on CPU more was slower (8,192: by 15 %)."""
 GOLDEN_TOLERANCE = 1e-4
 
+Routes = dict[tuple[int, ...], Routing]
+"""Routings of single prompts, by their tokens."""
 Item = Conversation | Mapping[str, Any] | tuple[Text, Text]
 ITEM_KEYS = ("prompt", "response", "id", "domain", "tools", "chat_template_kwargs", "meta")
 
@@ -38,9 +41,17 @@ class Comparison:
     probabilities: list[list[float]]
 
 
-def load(run: str | Path, *, device: str = "auto", backbone: str | None = None, check: bool = True) -> Scorer:
-    """Load a trained run. `check` recomputes a few of its stored golden rewards and refuses on a difference."""
-    return Scorer.load(run, device=device, backbone=backbone, check=check)
+def load(
+    run: str | Path,
+    *,
+    device: str = "auto",
+    backbone: str | None = None,
+    check: bool = True,
+    deterministic: bool = False,
+    dtype: str = "fp32",
+) -> Scorer:
+    """Load a trained run; the arguments are those of `Scorer.load`."""
+    return Scorer.load(run, device=device, backbone=backbone, check=check, deterministic=deterministic, dtype=dtype)
 
 
 class Scorer:
@@ -50,12 +61,23 @@ class Scorer:
     have them, `id`, `domain`, `tools`, `chat_template_kwargs`, `meta`; texts are strings or lists of messages.
     Longer than the model's limit is an error, unless the run was trained with `data.on_long=truncate` or `on_long`
     says so here; then the start is cut off and the Reward says it.
+
+    `deterministic`: a reward depends on its own text alone, to the last bit, whatever it is scored together with; each
+    text is then a forward of its own. Otherwise rewards of one text may differ in the last digits between batches.
     """
 
     def __init__(
-        self, system: System, encoder: Encoder, card: Mapping[str, Any], *, identity: str = "", device: str = "auto"
+        self,
+        system: System,
+        encoder: Encoder,
+        card: Mapping[str, Any],
+        *,
+        identity: str = "",
+        device: str = "auto",
+        deterministic: bool = False,
     ) -> None:
         self.device = pick_device(device)
+        self.deterministic = deterministic
         self.system = system.eval().to(self.device)
         self.encoder = encoder
         self.card = card
@@ -65,11 +87,29 @@ class Scorer:
             backbone.store = None  # kept features would grow without end; evaluation asks for them itself
 
     @classmethod
-    def load(cls, run: str | Path, *, device: str = "auto", backbone: str | None = None, check: bool = True) -> Scorer:
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        device: str = "auto",
+        backbone: str | None = None,
+        check: bool = True,
+        deterministic: bool = False,
+        dtype: str = "fp32",
+    ) -> Scorer:
+        """`check` recomputes a few of the run's stored golden rewards and refuses on a difference. `dtype` bf16 halves
+        the memory and on some processors the time, and changes rewards in the third digit; see `eval --dtype-check`.
+        """
+        if dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"dtype: {dtype!r} is not there; use fp32 or bf16")
         system, encoder, card = read_model(run, backbone=backbone)
-        scorer = cls(system, encoder, card, identity=identity(model_folder(run)), device=device)
+        name = identity(model_folder(run))
+        scorer = cls(system, encoder, card, identity=name, device=device, deterministic=deterministic)
         if check:
             scorer.check_golden(limit=4)
+        if dtype == "bf16":
+            for part in system.backbones():
+                part.to(torch.bfloat16)
         return scorer
 
     @property
@@ -90,8 +130,10 @@ class Scorer:
         firsts = [first_with.setdefault(e, i) for i, e in enumerate(encoded)]
         once = sorted(first_with.values())
         found: dict[int, Reward] = {}
+        routes: Routes = {}
         for rows, batch in self._batches([conversations[i] for i in once], [encoded[i] for i in once]):
-            found |= {once[row]: r for row, r in zip(rows, self._rewards(batch, explain), strict=True)}
+            rewards = self._rewards(batch, routes, explain)
+            found |= {once[row]: reward for row, reward in zip(rows, rewards, strict=True)}
         return [_named(found[first], item.id, e) for first, item, e in zip(firsts, conversations, encoded, strict=True)]
 
     def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
@@ -115,8 +157,9 @@ class Scorer:
         """Each reward under the system's router, an oracle and a random router, with no expert computed twice."""
         encoded = self._encode(items, self.on_long)
         results: list[RoutedReward | None] = [None] * len(encoded)
+        routes: Routes = {}
         for rows, batch in self._batches(items, encoded):
-            for row, routed in zip(rows, self._routes(batch, seed), strict=True):
+            for row, routed in zip(rows, self._routed(batch, routes, seed), strict=True):
                 results[row] = RoutedReward(
                     **routed, num_tokens=len(encoded[row].ids), truncated=encoded[row].truncated
                 )
@@ -178,23 +221,42 @@ class Scorer:
         return encoded
 
     def _batches(self, items: Sequence[Conversation], encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Batch]]:
-        """Rows of similar length together, up to a number of tokens."""
+        """Rows for one forward each, up to a number of tokens: in order of arrival where nothing is padded, else rows
+        of similar length together."""
         domain_of = {name: i for i, name in enumerate(self.domains)}
-        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), encoded[i].prompt_ids))
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(encoded[order[stop]].ids) <= TOKENS_PER_BATCH:
-                stop += 1
-            rows = order[start:stop]
+        for rows in self._chunks(encoded):
             domains = [domain_of.get(items[r].domain, -1) for r in rows]
             batch = conversation_batch([encoded[r] for r in rows], domains, self.encoder.pad_id)
             yield rows, batch.to(self.device)
-            start = stop
+
+    def _chunks(self, encoded: Sequence[Encoded]) -> list[list[int]]:
+        if self.deterministic:
+            return [[row] for row in range(len(encoded))]
+        budget = TOKENS_PER_FORWARD[self.device.type]
+        if all(backbone.family is not None for backbone in self.system.backbones()):
+            return _in_order(encoded, budget)
+        return _by_length(encoded, budget)
+
+    def _routing(self, batch: Batch, routes: Routes) -> Routing:
+        """Where each conversation goes; a prompt that stands in `routes` is not read again."""
+        assert isinstance(self.system, RoutedSystem)
+        prompts = [
+            tuple(ids[:length])
+            for ids, length in zip(batch.prompt_ids_PT.tolist(), batch.prompt_mask_PT.sum(1).tolist(), strict=True)
+        ]
+        new = [p for p, prompt in enumerate(prompts) if prompt not in routes]
+        if new:
+            unread = replace(batch, prompt_ids_PT=batch.prompt_ids_PT[new], prompt_mask_PT=batch.prompt_mask_PT[new])
+            routing = self.system.route_prompts(unread)
+            routes |= {prompts[p]: routing.rows(torch.tensor([i])) for i, p in enumerate(new)}
+        return concatenated([routes[prompt] for prompt in prompts]).rows(batch.prompt_of_N)
 
     @torch.no_grad()
-    def _rewards(self, batch: Batch, explain: bool) -> list[Reward]:
-        output = self.system(batch)
+    def _rewards(self, batch: Batch, routes: Routes, explain: bool) -> list[Reward]:
+        if self.system.routes_by_domain:
+            output = self.system(batch, self._routing(batch, routes))
+        else:
+            output = self.system(batch)
         _refuse_non_finite(output.reward_N)
         values = output.reward_N.tolist()
         if not self.experts or output.routing is None:
@@ -220,10 +282,10 @@ class Scorer:
         return torch.arange(len(self.experts), device=self.device).expand(len(batch), -1)
 
     @torch.no_grad()
-    def _routes(self, batch: Batch, seed: int) -> list[dict[str, Any]]:
+    def _routed(self, batch: Batch, routes: Routes, seed: int) -> list[dict[str, Any]]:
         if not self.system.routes_by_domain:
-            return [{"reward": r.reward, "expert": r.expert} for r in self._rewards(batch, explain=False)]
-        routing = self.system.route(batch)
+            return [{"reward": r.reward, "expert": r.expert} for r in self._rewards(batch, routes, explain=False)]
+        routing = self._routing(batch, routes)
         k = routing.experts_NK.shape[1]
         known_N = batch.domain_N >= 0
         oracle_N = torch.where(known_N, batch.domain_N, routing.experts_NK[:, 0])
@@ -253,6 +315,31 @@ class Scorer:
         ]
         random_P = torch.tensor(drawn, device=self.device) % len(self.experts)
         return random_P[batch.prompt_of_N]
+
+
+def _in_order(encoded: Sequence[Encoded], budget: int) -> list[list[int]]:
+    """Neighbours up to `budget` tokens; a prompt that the row before has too is counted once."""
+    chunks: list[list[int]] = []
+    num_tokens = 0
+    for row, e in enumerate(encoded):
+        shares = row > 0 and encoded[row - 1].prompt_ids == e.prompt_ids
+        size = len(e.ids) - (len(e.prompt_ids) if shares else 0)
+        if not chunks or num_tokens + size > budget:
+            chunks.append([])
+            num_tokens, size = 0, len(e.ids)
+        chunks[-1].append(row)
+        num_tokens += max(size, 1)
+    return chunks
+
+
+def _by_length(encoded: Sequence[Encoded], budget: int) -> list[list[int]]:
+    """Rows of similar length, up to `budget` tokens with their padding."""
+    chunks: list[list[int]] = []
+    for row in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), encoded[i].prompt_ids)):
+        if not chunks or (len(chunks[-1]) + 1) * len(encoded[row].ids) > budget:
+            chunks.append([])
+        chunks[-1].append(row)
+    return chunks
 
 
 def judge_once(system: System, batch: Batch, wanted_NJ: Tensor, num_experts: int) -> Tensor:

@@ -149,6 +149,17 @@ class Routing:
         )
 
 
+def concatenated(routings: Sequence[Routing]) -> Routing:
+    """The rows of several routings, one after the other."""
+    import torch
+
+    return Routing(
+        experts_NK=torch.cat([r.experts_NK for r in routings]),
+        weights_NK=torch.cat([r.weights_NK for r in routings]),
+        logits_NE=torch.cat([r.logits_NE for r in routings]),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rewards:
     """What a system says of a batch. `expert_reward_NK` are the standardised rewards of `routing.experts_NK`."""

@@ -17,9 +17,7 @@ from moreward.nn.lora import LoRABank
 
 PACKED = ("bert", "deberta-v2", "llama", "qwen2", "qwen3")
 NUM_ADAPTERS = 3
-cases = st.lists(
-    st.tuples(st.integers(1, 50), st.integers(0, NUM_ADAPTERS - 1), st.booleans()), min_size=1, max_size=8
-)
+cases = st.lists(st.tuples(st.integers(1, 50), st.integers(0, NUM_ADAPTERS - 1), st.booleans()), min_size=1, max_size=8)
 
 
 def make(folder, pooling: str, top_layers: int | None = None) -> Backbone:

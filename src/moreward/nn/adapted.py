@@ -106,7 +106,7 @@ class StreamLinear:
             return product(x, module.weight, module.bias)
         assert self.bank is not None
         given = [(group, pair) for group, pair in zip(groups, pairs, strict=True) if pair is not None]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.bank.training:
             return with_adapters(x, self.bank.dropout(x), module.weight, module.bias, self.bank.scale, given)
         return self._without_gradients(module, x, given)
 

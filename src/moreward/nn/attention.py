@@ -25,16 +25,17 @@ def attend(
     it, the prefix that it shares with other texts included. `dropout` is the probability that applies now."""
     if stream.branches:
         assert causal
-        if dropout:
-            raise ValueError("attention over shared prefixes has no dropout")
-        return _Tree.apply(q_THd, k_TGd, v_TGd, stream, scale).flatten(1)
+        if dropout or q_THd.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return composed(q_THd, k_TGd, v_TGd, stream, scale=scale, dropout=dropout)
+        tree_THd: Tensor = _Tree.apply(q_THd, k_TGd, v_TGd, stream, scale)
+        return tree_THd.flatten(1)
     groups = q_THd.shape[1] // k_TGd.shape[1]
     sizes = [run.stop - run.start for run in stream.runs]
     outs = [
         F.scaled_dot_product_attention(
-            _by_segment(q, run),
-            _by_segment(k, run),
-            _by_segment(v, run),
+            by_segment(q, run),
+            by_segment(k, run),
+            by_segment(v, run),
             dropout_p=dropout,
             is_causal=causal,
             scale=scale,
@@ -42,22 +43,38 @@ def attend(
         )
         .transpose(1, 2)
         .flatten(0, 1)
-        for run, q, k, v in zip(
-            stream.runs, q_THd.split(sizes), k_TGd.split(sizes), v_TGd.split(sizes), strict=True
-        )
+        for run, q, k, v in zip(stream.runs, q_THd.split(sizes), k_TGd.split(sizes), v_TGd.split(sizes), strict=True)
     ]
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
 
 
-def _by_segment(x_THd: Tensor, run: Run) -> Tensor:
+def by_segment(x_THd: Tensor, run: Run) -> Tensor:
     """(count, H, length, d) of a run's tokens."""
-    return x_THd.unflatten(0, (run.count, run.length)).transpose(1, 2)
+    return x_THd.view(run.count, run.length, *x_THd.shape[1:]).transpose(1, 2)
+
+
+def composed(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, stream: Stream, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention written plainly, on any device: each segment against all of its text up to there."""
+    outs = []
+    for segment, start in enumerate(stream.starts):
+        place = stream.places(segment).to(q_THd.device)
+        num_own = len(stream.segments[segment].tokens)
+        q = q_THd[start : start + num_own].transpose(0, 1)
+        k, v = (x[place].transpose(0, 1) for x in (k_TGd, v_TGd))
+        seen = torch.ones(num_own, len(place), dtype=torch.bool, device=q.device).tril(len(place) - num_own)
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=seen, dropout_p=dropout, scale=scale, enable_gqa=len(q) != len(k)
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs).flatten(1)
 
 
 class _Tree(torch.autograd.Function):
     """Causal attention over texts that share prefixes.
 
-    A token attends to its own segment, causally, and to its segment's prefix, wholly. The two softmaxes are brought
+    A token attends to its own segment, causally, and to the segments before it, wholly. The softmaxes are brought
     together by their log-sum-exp: out = Σ_i exp(lse_i − lse) out_i with lse = log Σ_i exp(lse_i). With the joint out
     and lse, each part's own backward formula gives its exact share of the gradients.
     """
@@ -86,7 +103,7 @@ class _Tree(torch.autograd.Function):
         for run in ctx.stream.runs:
             here = slice(run.start, run.stop)
             k, v = (_repeated(x[here], groups) for x in (k_TGd, v_TGd))
-            parts = [_by_segment(x, run) for x in (dout_THd[here], q_THd[here], k, v, out_THd[here])]
+            parts = [by_segment(x, run) for x in (dout_THd[here], q_THd[here], k, v, out_THd[here])]
             lse = lse_TH[here].unflatten(0, (run.count, run.length)).transpose(1, 2).contiguous()
             dq, dk, dv = FLASH_BACKWARD(*parts, lse, 0.0, True, scale=ctx.scale)
             dq_THd[here] = dq.transpose(1, 2).flatten(0, 1)
@@ -113,7 +130,7 @@ def _own(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, stream: Stream, scale: flo
     for run in stream.runs:
         here = slice(run.start, run.stop)
         q, k, v = q_THd[here], _repeated(k_TGd[here], groups), _repeated(v_TGd[here], groups)
-        out, lse = FLASH(*(_by_segment(x, run) for x in (q, k, v)), 0.0, True, scale=scale)
+        out, lse = FLASH(*(by_segment(x, run) for x in (q, k, v)), 0.0, True, scale=scale)
         out_THd[here] = out.transpose(1, 2).flatten(0, 1)
         lse_TH[here] = lse.transpose(1, 2).flatten(0, 1)
     return out_THd, lse_TH

@@ -21,11 +21,12 @@ from moreward.errors import BackboneError, MissingExtraError
 from moreward.nn.adapted import Kept, StreamLinear
 from moreward.nn.families import Family, find_family
 from moreward.nn.linear import speed_up
-from moreward.nn.packing import Stream, pack
+from moreward.nn.packing import Stream, Tokens, pack
 
 if TYPE_CHECKING:
     from moreward.nn.features import FeatureStore
     from moreward.nn.lora import LoRABank
+    from moreward.nn.trunk import TrunkStore
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class Backbone(nn.Module):
     bank: LoRABank | None
     family: Family | None
     store: FeatureStore | None
+    trunk_store: TrunkStore | None
 
     def __init__(self, classifier: nn.Module, *, pooling: str = "auto", name: str = "") -> None:
         """`classifier` is a `*ForSequenceClassification` with one label; its last linear layer is taken off."""
@@ -137,6 +139,7 @@ class Backbone(nn.Module):
         self.pretrained: frozenset[str] = frozenset()
         self.bank = None
         self.store = None
+        self.trunk_store = None
         base: Any = classifier.base_model
         if self.pooling == "own":
             classifier.set_submodule(last, nn.Identity())
@@ -258,59 +261,116 @@ class Backbone(nn.Module):
             groups = [adapter_N == a for a in adapter_N.unique()]
         hidden_ND = ids_NT.new_zeros((len(ids_NT), self.hidden_size), dtype=torch.float32)
         for rows_N in groups:
-            with self.bank.using(adapter_N[rows_N]):
+            with self.bank.using(adapter_N[rows_N], mask_NT[rows_N]):
                 hidden_ND = hidden_ND.index_put((rows_N,), self._pooled(ids_NT[rows_N], mask_NT[rows_N]))
         return hidden_ND
 
+    def read_trunk(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        """`hidden_ND` after the layers below all adapters, normed: what a router can read at their price."""
+        assert self.bank is not None
+        depth = self.bank.num_trunk_layers
+        ids_NT, mask_NT = align_left(ids_NT, mask_NT)
+        if self.family is None:
+            base = self.model.base_model if self.pooling == "own" else self.model
+            states = base(**self._inputs(ids_NT, mask_NT), output_hidden_states=True).hidden_states  # type: ignore[operator]
+            hidden_ND = _pool(states[depth].float(), mask_NT, self.pooling)
+        else:
+            rows = _rows_of_tokens(ids_NT, mask_NT)
+            stream = pack(rows, [-1] * len(rows), device=ids_NT.device)
+            hidden_ND = self._in_order(self._trunk(self.family, stream), stream)
+        return nn.functional.layer_norm(hidden_ND, hidden_ND.shape[1:])
+
     def _packed(self, family: Family, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None) -> Tensor:
         adapters = [-1] * len(ids_NT) if adapter_N is None else adapter_N.tolist()
+        shares = family.causal and self.pooling == "last"
         stream = pack(
             _rows_of_tokens(ids_NT, mask_NT),
             adapters,
-            share_prefixes=family.causal and self.pooling == "last" and ids_NT.device.type == "cpu",
+            share_prefixes=shares,
+            active_tokens=self.bank.active_tokens if self.bank is not None else None,
             device=ids_NT.device,
         )
         linear = self._linear(stream)
-        trunk = 0 if self.bank is None or adapter_N is None else self.bank.num_trunk_layers
-        if trunk:
-            lower, place_T = stream.without_adapters()
-            x_TD = self._layers(family, lower, range(trunk), self._linear(lower))[place_T]
+        depth = 0 if self.bank is None or adapter_N is None else self.bank.num_trunk_layers
+        if depth:
+            lower, place_T = stream.without_adapters(share_prefixes=shares and self.trunk_store is None)
+            x_TD = self._trunk(family, lower)[place_T]
         else:
             x_TD = family.embed(stream, linear)
-        keep_L = {"mean": None, "last": stream.last_L}.get(self.pooling, stream.first_L)
+        keep_L = None if self.pooling == "mean" else self._read_at(stream)
         last = family.num_layers - 1
-        for i in range(trunk, family.num_layers):
+        for i in range(depth, family.num_layers):
             x_TD = family.layer(i, x_TD, stream, linear, keep_L if i == last else None)
         x_TD = family.final(x_TD)
         if self.pooling == "own":
             x_TD = family.pooled(x_TD, linear)
-        pooled_LD = _mean_of_leaves(x_TD, stream) if self.pooling == "mean" else x_TD
-        return pooled_LD.float()[torch.tensor(stream.leaf_of_N, device=pooled_LD.device)]
+        return self._in_order(x_TD, stream, kept=keep_L is not None)
 
-    def _layers(self, family: Family, stream: Stream, layers: range, linear: StreamLinear) -> Tensor:
+    def _trunk(self, family: Family, stream: Stream) -> Tensor:
+        """x_TD of a stream without adapters after the layers below all adapters."""
+        if self.trunk_store is None:
+            return self._trunk_layers(family, stream)
+        return torch.cat([self._kept_trunk(family, self.trunk_store, segment.tokens) for segment in stream.segments])
+
+    def _kept_trunk(self, family: Family, store: TrunkStore, tokens: Tokens) -> Tensor:
+        device = next(self.parameters()).device
+
+        @torch.no_grad()
+        def compute() -> Tensor:
+            was_training = self.training
+            self.eval()
+            states_TD = self._trunk_layers(family, pack([tokens], [-1], device=device))
+            self.train(was_training)
+            return states_TD.cpu()
+
+        return store.get(tokens, compute).to(device)
+
+    def _trunk_layers(self, family: Family, stream: Stream) -> Tensor:
+        assert self.bank is not None
+        linear = self._linear(stream)
         x_TD = family.embed(stream, linear)
-        for i in layers:
+        for i in range(self.bank.num_trunk_layers):
             x_TD = family.layer(i, x_TD, stream, linear, None)
         return x_TD
+
+    def _read_at(self, stream: Stream) -> Tensor:
+        """The token of each leaf that its vector is read at."""
+        return stream.last_L if self.pooling == "last" else stream.first_L
+
+    def _in_order(self, x: Tensor, stream: Stream, *, kept: bool = False) -> Tensor:
+        """`hidden_ND` of the rows as they came, from the tokens of a stream or from those `kept` of each leaf."""
+        if self.pooling == "mean":
+            x = _mean_of_leaves(x, stream)
+        elif not kept:
+            x = x[self._read_at(stream)]
+        return x.float()[torch.tensor(stream.leaf_of_N, device=x.device)]
 
     def _linear(self, stream: Stream) -> StreamLinear:
         return StreamLinear(stream, self._module_names, self.bank, self.kept, merges=not self.training)
 
     def _pooled(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        output = self.model(**self._inputs(ids_NT, mask_NT))
+        if self.pooling == "own":
+            return output.logits.float()  # type: ignore[no-any-return]
+        return _pool(output.last_hidden_state.float(), mask_NT, self.pooling)
+
+    def _inputs(self, ids_NT: Tensor, mask_NT: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids_NT, "attention_mask": mask_NT, **self._extra_inputs}
         offset = self._position_offset()
         if offset:  # RoBERTa derives positions from the pad id; text may hold that id
             inputs["position_ids"] = (mask_NT.cumsum(1) - 1).clamp(min=0) + offset
-        if self.pooling == "own":
-            return self.model(**inputs).logits.float()  # type: ignore[no-any-return]
-        hidden_NTD = self.model(**inputs).last_hidden_state.float()
-        if self.pooling == "first":
-            return hidden_NTD[:, 0]  # type: ignore[no-any-return]
-        if self.pooling == "last":
-            last_N = mask_NT.sum(1) - 1
-            return hidden_NTD[torch.arange(len(last_N), device=last_N.device), last_N]  # type: ignore[no-any-return]
+        return inputs
+
+
+def _pool(hidden_NTD: Tensor, mask_NT: Tensor, pooling: str) -> Tensor:
+    """One vector a row, of rows whose padding stands at the end."""
+    if pooling == "mean":
         weight_NT1 = mask_NT.unsqueeze(-1).to(hidden_NTD.dtype)
-        return (hidden_NTD * weight_NT1).sum(1) / weight_NT1.sum(1)  # type: ignore[no-any-return]
+        return (hidden_NTD * weight_NT1).sum(1) / weight_NT1.sum(1)
+    if pooling == "last":
+        last_N = mask_NT.sum(1) - 1
+        return hidden_NTD[torch.arange(len(last_N), device=last_N.device), last_N]
+    return hidden_NTD[:, 0]
 
 
 def _rows_of_tokens(ids_NT: Tensor, mask_NT: Tensor) -> list[tuple[int, ...]]:

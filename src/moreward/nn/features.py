@@ -50,11 +50,11 @@ class FeatureStore:
         """`hidden_ND` of the rows, computing those that are not known yet."""
         texts = [ids[mask.bool()].tolist() for ids, mask in zip(ids_NT.cpu(), mask_NT.cpu(), strict=True)]
         self.compute(backbone, texts)
-        return torch.stack([self._vectors[_key(text)] for text in texts]).to(ids_NT.device)
+        return torch.stack([self._vectors[text_digest(text)] for text in texts]).to(ids_NT.device)
 
     def compute(self, backbone: Backbone, texts: Iterable[list[int]], progress: Progress | None = None) -> int:
         """Make sure of the vectors of these token id lists; returns how many were computed."""
-        missing = {key: text for text in texts if (key := _key(text)) not in self._vectors}
+        missing = {key: text for text in texts if (key := text_digest(text)) not in self._vectors}
         step, rows = (1, 1) if backbone.family is not None else (STEP, ROWS)
         by_length: dict[int, list[bytes]] = {}
         for key, text in missing.items():
@@ -106,7 +106,7 @@ class FeatureStore:
         name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         hidden_ND = torch.stack([self._vectors[k] for k in keys])
-        told = {"keys": json.dumps([k.hex() for k in keys]), "digest": _digest(hidden_ND)}
+        told = {"keys": json.dumps([k.hex() for k in keys]), "digest": digest(hidden_ND)}
         save_file({"hidden_ND": hidden_ND}, temporary, metadata=told)
         temporary.replace(self.folder / f"{name}.safetensors")
 
@@ -127,14 +127,16 @@ def _read_file(path: Path) -> dict[bytes, Tensor]:
     with safe_open(path, framework="pt") as file:
         told = file.metadata() or {}
         hidden_ND = file.get_tensor("hidden_ND")
-    if told.get("digest") != _digest(hidden_ND):
+    if told.get("digest") != digest(hidden_ND):
         raise ValueError(f"{path}: the vectors are not those that were written")
     return dict(zip((bytes.fromhex(k) for k in json.loads(told["keys"])), hidden_ND, strict=True))
 
 
-def _digest(hidden_ND: Tensor) -> str:
+def digest(hidden_ND: Tensor) -> str:
+    """What tells whether numbers are those that were written."""
     return hashlib.blake2b(hidden_ND.numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _key(text: list[int]) -> bytes:
+def text_digest(text: list[int]) -> bytes:
+    """What stands for a text's tokens."""
     return hashlib.blake2b(torch.tensor(text, dtype=torch.int32).numpy().tobytes(), digest_size=16).digest()

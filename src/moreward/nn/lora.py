@@ -28,6 +28,7 @@ from moreward.nn.backbone import Backbone, linear_names
 class _Rows:
     adapters: list[str]
     slot_N: Tensor
+    active_NT: Tensor | None
 
 
 class Adapter(nn.Module):
@@ -49,7 +50,9 @@ class LoRABank(nn.Module):
     """All the adapters of a backbone. `backbone(ids, mask, adapter_N)` uses adapter `adapter_N[n]` for row n.
 
     `targets` are suffixes of module names (`query_proj`), or None for every linear layer of the backbone;
-    `top_layers` keeps only those in the last so many layers.
+    `top_layers` keeps only those in the last so many layers. With `active_tokens` an adapter acts on that many tokens
+    at the end of a text only, so that all before them is the same for every adapter (activated LoRA, arXiv 2504.12397);
+    that needs causal attention.
     """
 
     def __init__(
@@ -61,9 +64,16 @@ class LoRABank(nn.Module):
         dropout: float = 0.0,
         targets: Sequence[str] | None = None,
         top_layers: int | None = None,
+        active_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if active_tokens is not None and not (backbone.is_decoder and backbone.pooling == "last"):
+            raise ConfigError(
+                "system.active_tokens: needs a decoder that is read at its last token; elsewhere every token's state "
+                "counts and none is the same for all adapters"
+            )
+        self.active_tokens = active_tokens
         self.rank, self.alpha, self.seed = rank, alpha, seed
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
@@ -89,11 +99,16 @@ class LoRABank(nn.Module):
         return adapter
 
     @contextmanager
-    def using(self, adapter_N: Tensor) -> Iterator[None]:
-        """Within this context row n of every forward through the backbone meets adapter `adapter_N[n]`."""
+    def using(self, adapter_N: Tensor, mask_NT: Tensor) -> Iterator[None]:
+        """Within this context row n of every forward through the backbone meets adapter `adapter_N[n]`. `mask_NT`, its
+        padding at the end, says which tokens are a row's last."""
         present, slot_N = adapter_N.unique(return_inverse=True)
         names = self.names
-        token = self._rows.set(_Rows([names[i] for i in present.tolist()], slot_N))
+        active_NT = None
+        if self.active_tokens is not None:
+            place_NT = mask_NT.cumsum(1)
+            active_NT = (place_NT > place_NT[:, -1:] - self.active_tokens) & mask_NT.bool()
+        token = self._rows.set(_Rows([names[i] for i in present.tolist()], slot_N, active_NT))
         try:
             yield
         finally:
@@ -104,7 +119,10 @@ class LoRABank(nn.Module):
 
         def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows = self._rows.get()
-            return output if rows is None else output + self._delta(key, self.dropout(inputs[0]), rows)
+            if rows is None:
+                return output
+            delta = self._delta(key, self.dropout(inputs[0]), rows)
+            return output + (delta if rows.active_NT is None else delta * rows.active_NT.unsqueeze(-1))
 
         return add_delta
 

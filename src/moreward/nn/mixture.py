@@ -25,8 +25,9 @@ class Routed(nn.Module, Generic[Experts]):
         self.router = router
         self.experts = experts
 
-    def forward(self, batch: Batch) -> Rewards:
-        routing = self.route(batch)
+    def forward(self, batch: Batch, routing: Routing | None = None) -> Rewards:
+        """`routing` of each conversation, where it is known already."""
+        routing = routing or self.route(batch)
         reward_NK = self.judge(batch, routing.experts_NK)
         return Rewards(
             reward_N=weighted_sum(reward_NK, routing.weights_NK), routing=routing, expert_reward_NK=reward_NK

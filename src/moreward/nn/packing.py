@@ -9,7 +9,7 @@ one length are attended to in one call. `leaf_of_N` brings the answers back into
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -119,14 +119,21 @@ class Stream:
 
     @cached_property
     def branches(self) -> list[Branch]:
-        branches, place = [], 0
-        for parent, same in groupby(self.segments, key=lambda s: s.parent):
-            first, place = place, place + len(list(same))
-            if parent is not None:
-                branches.append(
-                    Branch(self.starts[parent], self._stop(parent), self.starts[first], self._stop(place - 1))
-                )
+        """Every segment with each of the segments that stand before it in its text."""
+        ancestors = [self._ancestors(s) for s in range(len(self.segments))]
+        branches = []
+        for depth in range(max(map(len, ancestors))):
+            place = 0
+            for prefix, same in groupby(ancestors, key=lambda chain: chain[depth] if depth < len(chain) else None):
+                first, place = place, place + len(list(same))
+                if prefix is not None:
+                    span = (self.starts[prefix], self._stop(prefix), self.starts[first], self._stop(place - 1))
+                    branches.append(Branch(*span))
         return branches
+
+    def _ancestors(self, segment: int) -> list[int]:
+        parent = self.segments[segment].parent
+        return [] if parent is None else [parent, *self._ancestors(parent)]
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -155,11 +162,10 @@ class Stream:
     def _stop(self, segment: int) -> int:
         return self.starts[segment] + len(self.segments[segment].tokens)
 
-    def without_adapters(self) -> tuple[Stream, Tensor]:
+    def without_adapters(self, *, share_prefixes: bool) -> tuple[Stream, Tensor]:
         """The same texts, each once whatever adapters it meets, and for each token of this stream its place there."""
         rows = [self.text_of(s) for s in self.leaf_segments]
-        shares = any(s.parent is not None for s in self.segments)
-        lower = pack(rows, [0] * len(rows), share_prefixes=shares, device=self.device)
+        lower = pack(rows, [-1] * len(rows), share_prefixes=share_prefixes, device=self.device)
         place_T = torch.empty(self.num_tokens, dtype=torch.long)
         for leaf, segment in enumerate(self.leaf_segments):
             there = lower.places(lower.leaf_segments[lower.leaf_of_N[leaf]])
@@ -184,27 +190,56 @@ def pack(
     adapters: Sequence[int],
     *,
     share_prefixes: bool = False,
+    active_tokens: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Stream:
-    """Row n is `texts[n]` under adapter `adapters[n]`; equal rows stand in the stream once. `share_prefixes` is for
-    causal attention, where a token's state depends only on what stands before it."""
+    """Row n is `texts[n]` under adapter `adapters[n]` (-1 is none); equal rows stand in the stream once.
+
+    For causal attention, where a token's state depends only on what stands before it: `share_prefixes` lets common
+    beginnings stand once, and with `active_tokens` an adapter acts on that many tokens at the end of a text only, all
+    before them being shared by every adapter.
+    """
     rows = list(zip(adapters, texts, strict=True))
-    segments: list[Segment] = []
-    leaf_segments: list[int] = []
-    leaf_of_row: dict[tuple[int, Tokens], int] = {}
-    for adapter, same in groupby(sorted(set(rows)), key=lambda row: row[0]):
-        own = [tokens for _, tokens in same]
-        families = _families(own) if share_prefixes else [(0, own)]
-        for num_shared, members in sorted(families, key=lambda f: f[0]):
+    builder = _Builder(share_prefixes)
+    if active_tokens is None:
+        for adapter, same in groupby(sorted(set(rows)), key=lambda row: row[0]):
+            builder.add(adapter, {tokens for _, tokens in same})
+    else:
+        bare = {tokens for adapter, tokens in rows if adapter < 0}
+        cut = {row: (row[1][:-active_tokens], row[1][-active_tokens:]) for row in rows if row[0] >= 0}
+        builder.add(-1, bare | {base for base, _ in cut.values() if base})
+        builder.add_behind(cut)
+    order = sorted({builder.segment_of[row] for row in rows})
+    leaf_of = {segment: leaf for leaf, segment in enumerate(order)}
+    return Stream(builder.segments, order, [leaf_of[builder.segment_of[row]] for row in rows], device)
+
+
+class _Builder:
+    """Collects segments, an adapter's after each other; `segment_of` is where a (adapter, text) ends."""
+
+    def __init__(self, share_prefixes: bool) -> None:
+        self.share_prefixes = share_prefixes
+        self.segments: list[Segment] = []
+        self.segment_of: dict[tuple[int, Tokens], int] = {}
+
+    def add(self, adapter: int, texts: set[Tokens]) -> None:
+        """Whole texts under one adapter."""
+        families = _families(sorted(texts)) if self.share_prefixes else [(0, sorted(texts))]
+        for num_shared, members in sorted(families, key=lambda family: family[0]):
             parent = None
             if num_shared:
-                parent = len(segments)
-                segments.append(Segment(members[0][:num_shared], adapter))
+                parent = len(self.segments)
+                self.segments.append(Segment(members[0][:num_shared], adapter))
             for tokens in sorted(members, key=len):
-                leaf_of_row[adapter, tokens] = len(leaf_segments)
-                leaf_segments.append(len(segments))
-                segments.append(Segment(tokens[num_shared:], adapter, parent, num_shared))
-    return Stream(segments, leaf_segments, [leaf_of_row[row] for row in rows], device)
+                self.segment_of[adapter, tokens] = len(self.segments)
+                self.segments.append(Segment(tokens[num_shared:], adapter, parent, num_shared))
+
+    def add_behind(self, ends: Mapping[tuple[int, Tokens], tuple[Tokens, Tokens]]) -> None:
+        """The ends of texts whose beginnings stand already under no adapter."""
+        for (adapter, tokens), (base, end) in sorted(ends.items(), key=lambda one: (one[0][0], len(one[1][1]), one[0])):
+            parent = self.segment_of[-1, base] if base else None
+            self.segment_of[adapter, tokens] = len(self.segments)
+            self.segments.append(Segment(end, adapter, parent, len(base)))
 
 
 def _families(texts: list[Tokens]) -> list[tuple[int, list[Tokens]]]:
@@ -213,6 +248,8 @@ def _families(texts: list[Tokens]) -> list[tuple[int, list[Tokens]]]:
     A text joins while the family keeps at least half of what it shares: a template that all prompts begin with does
     not break up the families of each prompt.
     """
+    if not texts:
+        return []
     alone: list[Tokens] = []
     families: list[tuple[int, list[Tokens]]] = []
     members, num_shared = texts[:1], 0

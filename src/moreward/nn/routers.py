@@ -90,17 +90,23 @@ class NoisyTopKRouter(nn.Module):
 class PromptRouter(nn.Module):
     """Reads the prompt alone, so that every response to it goes to the same experts.
 
-    `adapter` is the router's index in the backbone's bank, None where the router has the backbone to itself.
+    `adapter` is the router's index in the backbone's bank, None where the router has the backbone to itself or reads
+    no further than the trunk, the layers below all adapters (`reads_trunk`).
     """
 
-    def __init__(self, backbone: Backbone, router: nn.Module, adapter: int | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, router: nn.Module, adapter: int | None = None, *, reads_trunk: bool = False
+    ) -> None:
         super().__init__()
+        self.reads_trunk = reads_trunk
         self.backbone = backbone
         self.router = router
         self.adapter = adapter
 
     def forward(self, batch: Batch) -> Routing:
         """One row per prompt of the batch."""
+        if self.reads_trunk:
+            return self.router(self.backbone.read_trunk(batch.prompt_ids_PT, batch.prompt_mask_PT))  # type: ignore[no-any-return]
         adapter_P = None
         if self.adapter is not None:
             adapter_P = batch.prompt_ids_PT.new_full((len(batch.prompt_ids_PT),), self.adapter)

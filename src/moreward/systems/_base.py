@@ -70,6 +70,9 @@ class LoRAConfig(SystemConfig):
     adapter_layers: int | None = Field(
         None, ge=1, description="adapt only this many layers at the top; gradients stop below them"
     )
+    active_tokens: int | None = Field(
+        None, ge=1, description="decoders: adapters act on this many tokens at the end; what is before is shared"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +186,15 @@ class RoutedSystem(System):
     routes_by_domain = True
     routed: Routed[Any]
 
-    def forward(self, batch: Batch) -> Rewards:
-        return self.routed(batch)  # type: ignore[no-any-return]
+    def forward(self, batch: Batch, routing: Routing | None = None) -> Rewards:
+        return self.routed(batch, routing)  # type: ignore[no-any-return]
 
     def route(self, batch: Batch) -> Routing:
         return self.routed.route(batch)
+
+    def route_prompts(self, batch: Batch) -> Routing:
+        """As `route`, one row for each prompt."""
+        return self.routed.router(batch)  # type: ignore[no-any-return]
 
     def judge(self, batch: Batch, experts_NK: Tensor) -> Tensor:
         return self.routed.judge(batch, experts_NK)
@@ -266,6 +273,7 @@ def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequenc
             dropout=config.dropout,
             targets=config.targets,
             top_layers=config.adapter_layers,
+            active_tokens=config.active_tokens,
             seed=torch.initial_seed(),
         )
         for name in adapters:

@@ -6,9 +6,9 @@ The paper switches adapters; here a batch meets a different adapter in each row,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from moreward.nn.backbone import Backbone
@@ -29,6 +29,15 @@ from moreward.systems._base import (
 
 class ArlissConfig(LoRAConfig):
     top_k: int = Field(1, ge=1, description="experts used per prompt; the paper uses the best one")
+    router_reads: Literal["backbone", "trunk"] = Field(
+        "backbone", description="trunk: the router stops below the adapters (needs adapter_layers) and has none"
+    )
+
+    @model_validator(mode="after")
+    def _needs_a_trunk(self) -> Self:
+        if self.router_reads == "trunk" and not (self.tune == "lora" and self.adapter_layers):
+            raise ValueError("router_reads=trunk needs tune=lora and adapter_layers, the layers that have adapters")
+        return self
 
 
 class Recipe(RoutedSystem):
@@ -47,11 +56,13 @@ class Recipe(RoutedSystem):
     def __init__(self, config: ArlissConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__(config, backbone, domains)
         # The router's adapter comes last, so that adapter e and expert e are the same number.
-        prepare_backbone(backbone, config, adapters=[*self.expert_names, ROUTER])
+        reads_trunk = config.router_reads == "trunk"
+        prepare_backbone(backbone, config, adapters=[*self.expert_names, *([] if reads_trunk else [ROUTER])])
         size = backbone.hidden_size
         heads = {name: RewardHead(size, config.head_kind) for name in self.expert_names}
-        adapter = len(domains) if backbone.bank is not None else None
-        router = PromptRouter(backbone, TopKRouter(size, len(domains), config.top_k), adapter)
+        adapter = len(domains) if backbone.bank is not None and not reads_trunk else None
+        gate = TopKRouter(size, len(domains), config.top_k)
+        router = PromptRouter(backbone, gate, adapter, reads_trunk=reads_trunk)
         self.routed = Routed(router, AdapterExperts(backbone, heads))
 
     def expert_parameters(self, name: str) -> list[nn.Parameter]:
@@ -60,7 +71,8 @@ class Recipe(RoutedSystem):
 
     def router_parameters(self) -> list[nn.Parameter]:
         router = self.routed.router
-        return [*learnable(router.backbone, self.config, ROUTER), *router.router.parameters()]
+        adapter = [] if router.reads_trunk else learnable(router.backbone, self.config, ROUTER)
+        return [*adapter, *router.router.parameters()]
 
     def standardizer(self, name: str) -> Standardize:
         return self.routed.experts.standardizer(name)

@@ -18,9 +18,10 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
+from moreward.nn.attention import by_segment
 from moreward.nn.families import Linear
 from moreward.nn.families.bert import add_and_norm
-from moreward.nn.packing import Run, Stream
+from moreward.nn.packing import Stream
 
 
 class Family:
@@ -90,8 +91,11 @@ class Family:
             for run in runs:
                 seen = slice(middle - run.length + 1, middle + run.length)
                 here = slice(run.start, run.stop)
+                q, k, v = (by_segment(x[here], run) for x in (q_THd, k_THd, v_THd))
                 out = _disentangled(
-                    *(_by_segment(x[here], run) for x in (q_THd, k_THd, v_THd)),
+                    q,
+                    k,
+                    v,
                     key_KHd[to_key[seen]].transpose(0, 1),
                     query_KHd[to_query[seen]].transpose(0, 1),
                     scale,
@@ -107,8 +111,12 @@ class Family:
         if torch.is_grad_enabled():
             table_KD = attention.pos_dropout(encoder.get_rel_embedding())[rows]
             return [linear.others(part, table_KD) for part in parts]
-        sources = [p for module in (encoder.rel_embeddings, getattr(encoder, "LayerNorm", None)) if module is not None
-                   for p in module.parameters()]
+        sources = [
+            p
+            for module in (encoder.rel_embeddings, getattr(encoder, "LayerNorm", None))
+            if module is not None
+            for p in module.parameters()
+        ]
         whole = slice(0, 2 * attention.pos_ebd_size)
         tables = [linear.kept(part, lambda: encoder.get_rel_embedding()[whole], sources) for part in parts]
         return [[table[rows] for table in one] for one in tables]
@@ -122,7 +130,7 @@ def _distances(attention: Any, length: int, device: torch.device) -> tuple[slice
 
     def bucket(distance: Tensor) -> Tensor:
         if attention.position_buckets > 0:
-            return make_log_bucket_position(distance, attention.position_buckets, most).long()
+            distance = make_log_bucket_position(distance, attention.position_buckets, most).long()
         return distance
 
     to_key = (bucket(distance_W) + span).clamp(0, 2 * span - 1)
@@ -130,10 +138,6 @@ def _distances(attention: Any, length: int, device: torch.device) -> tuple[slice
     low = int(torch.minimum(to_key, to_query).min())
     high = int(torch.maximum(to_key, to_query).max()) + 1
     return slice(low, high), to_key - low, to_query - low
-
-
-def _by_segment(x_THd: Tensor, run: Run) -> Tensor:
-    return x_THd.unflatten(0, (run.count, run.length)).transpose(1, 2)
 
 
 def _shifted(x_nHSW: Tensor) -> Tensor:
@@ -167,9 +171,7 @@ class _Disentangled(torch.autograd.Function):
     through the same views."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_HWd: Tensor, query_HWd: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_HWd: Tensor, query_HWd: Tensor, scale: float) -> Tensor:
         scores = _content_to_position(q, key_HWd) + _position_to_content(k, query_HWd)
         size = q.shape[2]
         flat = scores.view(-1, size, size)
