@@ -1,0 +1,93 @@
+"""A process that holds one contestant and does as it is told, one JSON line at a time on stdin and stdout.
+
+{"do": "make", "make": "module:function", "arguments": {...}, "threads": 1, "seconds": 0.2}
+    builds the contestant, warms it up, and answers with its outputs and how often a round repeats it
+{"do": "round"}
+    answers with CPU and wall seconds of one run, the mean of the round's repeats
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TextIO
+
+MAX_REPEATS = 50
+MAX_OUTPUTS = 4096
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.run: Callable[[], Any] = list
+        self.repeats = 1
+
+    def make(self, told: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        torch.set_num_threads(told["threads"])
+        self.run = list  # the contestant made before goes before the next one comes
+        module, _, function = told["make"].partition(":")
+        self.run = getattr(import_module(module), function)(**told["arguments"])
+        outputs = _numbers(self.run())
+        started = time.perf_counter()
+        self.run()
+        once = time.perf_counter() - started
+        self.repeats = min(max(math.ceil(told["seconds"] / max(once, 1e-6)), 1), MAX_REPEATS)
+        return {"outputs": outputs, "repeats": self.repeats}
+
+    def round(self, _told: dict[str, Any]) -> dict[str, Any]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(self.repeats):
+            self.run()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return {"cpu": cpu / self.repeats, "wall": wall / self.repeats, "peak_mb": peak_mb()}
+
+
+def peak_mb() -> float:
+    """The largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _numbers(output: Any) -> list[float]:
+    """A tensor or a sequence of numbers as plain floats, at most so many as are worth comparing."""
+    flat = output.detach().flatten() if hasattr(output, "detach") else output
+    return [float(value) for value in flat[:MAX_OUTPUTS]]
+
+
+def serve(answers: TextIO) -> None:
+    worker = Worker()
+    for line in sys.stdin:
+        told = json.loads(line)
+        try:
+            answer = getattr(worker, told["do"])(told)
+        except Exception as error:  # noqa: BLE001  a peer that fails is a result like any other
+            import traceback
+
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def main() -> None:
+    # Libraries print; the answers keep the old stdout to themselves.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    warnings.filterwarnings("ignore")
+    import torch  # noqa: F401  loaded before anything is measured
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    print(json.dumps({"ready": True, "peak_mb": peak_mb()}), file=answers, flush=True)
+    serve(answers)
+
+
+if __name__ == "__main__":
+    main()
