@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -26,9 +26,11 @@ from rich.console import Console
 
 from benchmarks.machine import ROOT, commit, describe
 from benchmarks.tables import aim_line, case_table
+from benchmarks.worker import LONG
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS, QUICK_ROUNDS, WARM_UPS = 5, 2, 1
+ROUNDS, QUICK_ROUNDS = 5, 2
+QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 SECONDS = 0.3
 """A round repeats a run until it takes about so long, so that the clock's grain does not matter."""
 
@@ -85,7 +87,7 @@ class Process:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.worker"],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **contestant.environment},
+                env={**os.environ, "PYTHONPATH": path, **QUIET, **contestant.environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if "MOREWARD_BENCH_DEBUG" not in os.environ else None,
@@ -115,23 +117,21 @@ class Process:
         told = {"make": self.contestant.make, "arguments": dict(self.contestant.arguments)}
         answer = self._tell(do="make", threads=threads, seconds=seconds, **told)
         self.outputs = self.outputs or answer.get("outputs", [])
-        for _ in range(WARM_UPS):
+        if answer.get("seconds", 0.0) < LONG:
             self._tell(do="round")
 
     def round(self, threads: int) -> None:
         answer = self._tell(do="round")
         if not self.error:
             self.rounds.setdefault(threads, []).append(answer)
-            if len(self.rounds) == 1:  # the memory of the first number of threads is what is reported
+            if len(self.rounds) == 1:  # memory is that of the first number of threads
                 self.peak_mb = answer["peak_mb"]
 
     def _tell(self, **told: Any) -> dict[str, Any]:
         if self.error:
             return {}
-        try:
+        with suppress(BrokenPipeError):  # the answer says why
             print(json.dumps(told), file=_pipe(self.process.stdin), flush=True)
-        except BrokenPipeError:
-            pass  # the answer says why
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A process that holds one contestant and does as it is told, one JSON line at a time on stdin and stdout.
 
 {"do": "make", "make": "module:function", "arguments": {...}, "threads": 1, "seconds": 0.2}
-    builds the contestant, warms it up, and answers with its outputs and how often a round repeats it
+    builds the contestant, warms it up, and answers with its outputs and the seconds that a round takes
 {"do": "round"}
     answers with CPU and wall seconds of one run, the mean of the round's repeats
 """
@@ -21,6 +21,8 @@ from typing import Any, TextIO
 
 MAX_REPEATS = 50
 MAX_OUTPUTS = 4096
+LONG = 3.0
+"""Seconds; a run that takes longer has warmed itself up."""
 
 
 class Worker:
@@ -35,12 +37,15 @@ class Worker:
         self.run = list  # the contestant made before goes before the next one comes
         module, _, function = told["make"].partition(":")
         self.run = getattr(import_module(module), function)(**told["arguments"])
-        outputs = _numbers(self.run())
-        started = time.perf_counter()
-        self.run()
-        once = time.perf_counter() - started
+        first, outputs = self._timed()
+        once = self._timed()[0] if first < LONG else first
         self.repeats = min(max(math.ceil(told["seconds"] / max(once, 1e-6)), 1), MAX_REPEATS)
-        return {"outputs": outputs, "repeats": self.repeats}
+        return {"outputs": _numbers(outputs), "seconds": once * self.repeats}
+
+    def _timed(self) -> tuple[float, Any]:
+        started = time.perf_counter()
+        outputs = self.run()
+        return time.perf_counter() - started, outputs
 
     def round(self, _told: dict[str, Any]) -> dict[str, Any]:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -80,11 +85,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     warnings.filterwarnings("ignore")
-    import torch  # noqa: F401  loaded before anything is measured
-    import transformers
+    import torch  # noqa: F401  every contestant needs it, so it is no contestant's own memory
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     print(json.dumps({"ready": True, "peak_mb": peak_mb()}), file=answers, flush=True)
     serve(answers)
 
