@@ -90,10 +90,9 @@ class Process:
                 env={**os.environ, "PYTHONPATH": path, **QUIET, **contestant.environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE if "MOREWARD_BENCH_DEBUG" not in os.environ else None,
+                stderr=None if "MOREWARD_BENCH_DEBUG" in os.environ else subprocess.DEVNULL,
                 text=True,
             )
-            self._drain()
 
     def __enter__(self) -> Process:
         return self
@@ -112,11 +111,10 @@ class Process:
         """Build and warm up for so many threads."""
         if self.error:
             return
-        if not self.base_mb:
-            self.base_mb = self._answer().get("peak_mb", 0.0)
         told = {"make": self.contestant.make, "arguments": dict(self.contestant.arguments)}
         answer = self._tell(do="make", threads=threads, seconds=seconds, **told)
         self.outputs = self.outputs or answer.get("outputs", [])
+        self.base_mb = self.base_mb or answer.get("base_mb", 0.0)
         if answer.get("seconds", 0.0) < LONG:
             self._tell(do="round")
 
@@ -140,13 +138,6 @@ class Process:
         if "error" in answer:
             self.error = "failed: " + re.sub(r"/\S*/", "", answer["error"])[:300]
         return answer  # type: ignore[no-any-return]
-
-    def _drain(self) -> None:
-        """Throw away what the libraries print: a full pipe would stop the process."""
-        if self.process.stderr is not None:
-            import threading
-
-            threading.Thread(target=self.process.stderr.read, daemon=True).start()
 
 
 def run_case(case: Case, *, rounds: int, threads: Sequence[int], seconds: float) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 TRL in fp32 without gradient checkpointing, and as it comes (bf16, checkpointing). A third TRL run gets the batches
 that our loop makes: the losses of ours are compared with its, step by step. Where the processor has no bf16 of its
-own (no avx512_bf16 in the machine's line), TRL's default is slower than its fp32, and an aim met against it says little.
+own (no avx512_bf16 in the machine's line), TRL's default is slower than its fp32, and an aim that
+is met against it says little.
 """
 
 from __future__ import annotations
