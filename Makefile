@@ -5,7 +5,8 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+BENCHMARKS ?= arliss adapters packing deberta best_of_n dmoerm_inner train lora_train mixture_train decoder_pairs moe
+BENCH_OPTIONS ?=
 
 # One thread for each test process: small tensors gain nothing from more, and two processes would fight for the cores.
 test: export OMP_NUM_THREADS := 1
@@ -33,12 +34,10 @@ format: $(INSTALLED) ## Format the code and fix what can be fixed by machine
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Run the benchmarks
-ifeq ($(BENCHMARKS),)
-	@echo "There is no benchmark yet: benchmarks/ holds no .py file."
-else
-	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
-endif
+bench: $(INSTALLED) ## Run the benchmarks against the peers and write the page of results (hours)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(BENCH_OPTIONS); done
+	@$(BIN)/python -m benchmarks.report
 
 clean: ## Remove .venv, caches and build products; runs/ stays
 	@rm -rf $(VENV) build dist site .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,123 +1,101 @@
-"""Mixed-adapter batches and the fp32 product, as ratios against their peers in the same run.
+"""Many adapters on one model: 5, 20 and 100 of them, batches of 1, 8 and 64 rows, 32 and 128 tokens, rank 12.
 
-    python benchmarks/adapters.py [--write]
-
-Peers: PEFT's `set_adapter` once per group of rows, and `F.linear`. CPU time of one thread, the least of several
-rounds in turns, so that a busy machine does not decide. `--write` appends to benchmarks/results/adapters.jsonl.
+Every run draws other adapters for its rows. Peers: PEFT's `set_adapter` before every row or every group of rows of
+one adapter, and its `adapter_names`; our own engine without adapters is the floor. Then how the time grows with the
+number of adapters, with rows of all of them and with rows of the same five, and with the rank.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import subprocess
-import time
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModel
+from benchmarks.harness import Aim, Case, Contestant, run
 
-from moreward.nn.backbone import Backbone, resolve_backbone
-from moreward.nn.linear import FastLinear, use_onednn
-from moreward.nn.lora import LoRABank, parameter_key
-
-ROUNDS, ROWS, TOKENS, ADAPTERS, RANK = 5, 16, 128, 5, 12
-TARGETS = ["query", "key", "value", "dense"]
+SAMPLE, GROUP, MIXED = "PEFT set_adapter per sample", "PEFT set_adapter per group", "PEFT adapter_names"
+OURS, FLOOR, HF = "ours", "ours, no adapters", "HF, no adapters"
 
 
-def measure(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of CPU time, the least of several rounds, the variants taking turns."""
-    best = dict.fromkeys(variants, float("inf"))
-    for _ in range(ROUNDS):
-        for name, run in variants.items():
-            started = time.process_time()
-            run()
-            best[name] = min(best[name], time.process_time() - started)
-    return best
+def cases(quick: bool) -> Sequence[Case]:
+    if quick:
+        return [_case("deberta-tiny", 5, 4, 16), _growth("deberta-tiny", 4, 16, numbers=(2, 5))]
+    grid = [_case("minilm", n, b, t) for n in (5, 20, 100) for t in (32, 128) for b in (1, 8, 64)]
+    deberta = [_case("deberta-xsmall", 5, 8, t) for t in (32, 128)]
+    growth = [_growth("minilm", 8, 32), _growth("minilm", 64, 32), _growth("minilm", 64, 128)]
+    return [*grid, *deberta, *growth, _ranks("minilm", 8, 128)]
 
 
-def adapters() -> dict[str, object]:
-    ids = torch.randint(1000, 20000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    adapter_N = torch.arange(ROWS) % ADAPTERS
-    backbone = Backbone.load("minilm", pooling="mean").eval()
-    bank = LoRABank(backbone, rank=RANK, alpha=2.0 * RANK, targets=TARGETS)
-    peer = AutoModel.from_pretrained(resolve_backbone("minilm"), add_pooling_layer=False).eval()
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
-    peft = get_peft_model(peer, config, adapter_name="0")
-    for a in range(ADAPTERS):
-        adapter = bank.add(str(a))
-        if a:
-            peft.add_adapter(str(a), config)
-        for name in bank.shapes:
-            torch.nn.init.normal_(adapter.B[parameter_key(name)], std=0.02)
-            layer = peft.get_submodule(f"base_model.model.{name}")
-            layer.lora_A[str(a)].weight.data.copy_(adapter.A[parameter_key(name)])
-            layer.lora_B[str(a)].weight.data.copy_(adapter.B[parameter_key(name)])
-
-    def per_group() -> torch.Tensor:
-        hidden = torch.empty(ROWS, backbone.hidden_size)
-        for a in range(ADAPTERS):
-            peft.set_adapter(str(a))
-            rows = adapter_N == a
-            hidden[rows] = peft(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state.mean(1)
-        return hidden
-
-    with torch.no_grad():
-        ours, theirs = backbone(ids, mask, adapter_N), per_group()
-        seconds = measure({"ours": lambda: backbone(ids, mask, adapter_N), "peft": per_group})
-    return {
-        "what": f"MiniLM, {ROWS} rows of {TOKENS} tokens, {ADAPTERS} adapters, forward",
-        "seconds": seconds,
-        "ours_over_peft": seconds["ours"] / seconds["peft"],
-        "largest_relative_difference": float((ours - theirs).abs().max() / theirs.abs().max()),
-    }
+def _case(shape: str, num: int, rows: int, tokens: int) -> Case:
+    told: dict[str, Any] = {"shape": shape, "num_adapters": num, "num_rows": rows, "tokens": tokens}
+    return Case(
+        name=f"{shape}, {num} adapters, batch {rows}, {tokens} tokens",
+        peer=HF,
+        reference=SAMPLE,
+        contestants=[
+            Contestant(
+                name=HF,
+                make="benchmarks.peers:peft",
+                arguments={**told, "how": "none", "num_adapters": 1},
+                compared=False,
+            ),
+            _peft(SAMPLE, "sample", told),
+            _peft(GROUP, "group", told),
+            _peft(MIXED, "mixed", told),
+            Contestant(name=OURS, make="benchmarks.ours:adapters", arguments=told),
+            Contestant(
+                name=FLOOR, make="benchmarks.ours:adapters", arguments={**told, "num_adapters": 0}, compared=False
+            ),
+        ],
+        aims=_aims(shape, num, rows, tokens),
+    )
 
 
-def product() -> dict[str, object]:
-    layer = torch.nn.Linear(384, 1536)
-    x = torch.randn(1024, 384)
-    fast = FastLinear(384, 1536)
-    fast.load_state_dict(layer.state_dict())
-    with torch.no_grad():
-        seconds = measure(
-            {
-                "ours": lambda: [fast(x) for _ in range(10)],
-                "plain": lambda: [F.linear(x, layer.weight, layer.bias) for _ in range(10)],
-            }
-        )
-    return {
-        "what": "1024 x 384 x 1536 fp32 product",
-        "onednn": use_onednn(),
-        "ours_over_plain": seconds["ours"] / seconds["plain"],
-    }
+def _peft(name: str, how: str, told: dict[str, Any]) -> Contestant:
+    return Contestant(name=name, make="benchmarks.peers:peft", arguments={**told, "how": how}, needs=("peft",))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="append to benchmarks/results/adapters.jsonl")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {
-        "commit": commit.stdout.strip(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "adapters": adapters(),
-        "product": product(),
-    }
-    print(json.dumps(record, indent=1))
-    if arguments.write:
-        path = Path(__file__).parent / "results" / "adapters.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+def _aims(shape: str, num: int, rows: int, tokens: int) -> list[Aim]:
+    """Unmerged is the laxer of the two aims against our own engine; which of them applies is the engine's choice."""
+    aims = [Aim(who=OURS, share=1e-5, of="error"), Aim(who=OURS, peer=FLOOR, share=1.12)]
+    if (shape, num, rows, tokens) == ("minilm", 5, 64, 128):
+        aims += [Aim(who=OURS, peer=MIXED, share=0.33), Aim(who=OURS, peer=SAMPLE, share=0.17)]
+        aims.append(Aim(who=OURS, peer=FLOOR, share=1.05))
+    if shape == "minilm" and num == 100 and tokens == 32:
+        aims += [Aim(who=OURS, peer=SAMPLE, share=0.10)]
+    return aims
+
+
+def _growth(shape: str, rows: int, tokens: int, numbers: Sequence[int] = (5, 20, 100)) -> Case:
+    told: dict[str, Any] = {"shape": shape, "num_rows": rows, "tokens": tokens}
+    first, *more = numbers
+    contestants = [_ours(f"ours, {first} adapters", {**told, "num_adapters": first})]
+    for num in more:
+        contestants.append(_ours(f"ours, {num} adapters", {**told, "num_adapters": num}))
+        contestants.append(_ours(f"ours, {num} adapters, {first} used", {**told, "num_adapters": num, "used": first}))
+    last = numbers[-1]
+    return Case(
+        name=f"growth with the adapters: {shape}, batch {rows}, {tokens} tokens",
+        peer=f"ours, {first} adapters",
+        contestants=contestants,
+        aims=[
+            Aim(who=f"ours, {last} adapters", peer=f"ours, {first} adapters", share=1.05),
+            Aim(who=f"ours, {last} adapters, {first} used", peer=f"ours, {first} adapters", share=1.05),
+        ],
+    )
+
+
+def _ranks(shape: str, rows: int, tokens: int) -> Case:
+    told: dict[str, Any] = {"shape": shape, "num_rows": rows, "tokens": tokens, "num_adapters": 5}
+    return Case(
+        name=f"growth with the rank: {shape}, 5 adapters, batch {rows}, {tokens} tokens",
+        peer="ours, rank 4",
+        contestants=[_ours(f"ours, rank {rank}", {**told, "rank": rank}) for rank in (4, 12, 32, 64)],
+    )
+
+
+def _ours(name: str, told: dict[str, Any]) -> Contestant:
+    return Contestant(name=name, make="benchmarks.ours:adapters", arguments=told, compared=False)
 
 
 if __name__ == "__main__":
-    main()
+    run("adapters", cases)

@@ -1,0 +1,93 @@
+"""A process that holds one contestant and does as it is told, one JSON line at a time on stdin and stdout.
+
+{"do": "make", "make": "module:function", "arguments": {...}, "threads": 1, "seconds": 0.2}
+    builds the contestant, warms it up, and answers with its outputs and the seconds that a round takes
+{"do": "round"}
+    answers with CPU and wall seconds of one run, the mean of the round's repeats
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TextIO
+
+MAX_REPEATS = 50
+MAX_OUTPUTS = 4096
+LONG = 3.0
+"""Seconds; a run that takes longer has warmed itself up."""
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.run: Callable[[], Any] = list
+        self.repeats = 1
+
+    def make(self, told: dict[str, Any]) -> dict[str, Any]:
+        name, _, function = told["make"].partition(":")
+        module = import_module(name)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(told["threads"])
+        base_mb = peak_mb()
+        self.run = list  # the contestant made before goes before the next one comes
+        self.run = getattr(module, function)(**told["arguments"])
+        first, outputs = self._timed()
+        once = self._timed()[0] if first < LONG else first
+        self.repeats = min(max(math.ceil(told["seconds"] / max(once, 1e-6)), 1), MAX_REPEATS)
+        return {"outputs": _numbers(outputs), "seconds": once * self.repeats, "base_mb": base_mb}
+
+    def _timed(self) -> tuple[float, Any]:
+        started = time.perf_counter()
+        outputs = self.run()
+        return time.perf_counter() - started, outputs
+
+    def round(self, _told: dict[str, Any]) -> dict[str, Any]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(self.repeats):
+            self.run()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return {"cpu": cpu / self.repeats, "wall": wall / self.repeats, "peak_mb": peak_mb()}
+
+
+def peak_mb() -> float:
+    """The largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _numbers(output: Any) -> list[float]:
+    """A tensor or a sequence of numbers as plain floats, at most so many as are worth comparing."""
+    flat = output.detach().flatten() if hasattr(output, "detach") else output
+    return [float(value) for value in flat[:MAX_OUTPUTS]]
+
+
+def serve(answers: TextIO) -> None:
+    worker = Worker()
+    for line in sys.stdin:
+        told = json.loads(line)
+        try:
+            answer = getattr(worker, told["do"])(told)
+        except Exception as error:  # noqa: BLE001  a peer that fails is a result like any other
+            import traceback
+
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def main() -> None:
+    # Libraries print; the answers keep the old stdout to themselves.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    warnings.filterwarnings("ignore")
+    serve(answers)
+
+
+if __name__ == "__main__":
+    main()
