@@ -34,6 +34,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BackboneDir = Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut what is too long, and say so, instead of refusing.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="fp32 or bf16; the price of bf16 is shown by eval --dtype-check.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="A reward depends on its own text alone, to the last bit; slower.")
+]
 
 
 @app.command()
@@ -89,12 +93,16 @@ def evaluate(
     domain_key: Annotated[str | None, typer.Option(help="The column that names the domain.")] = None,
     shape: Annotated[str | None, typer.Option("--format", help="Row shape; auto detects. Default: as trained.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random router.")] = 0,
+    dtype_check: Annotated[bool, typer.Option("--dtype-check", help="Say what bf16 costs instead.")] = False,
 ) -> None:
     """Say per domain how good a run is, with intervals, and whether it beats a single model."""
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import render_evaluation
 
     preferences = _load_pairs(data, run, domain_key=domain_key, shape=shape)
+    if dtype_check:
+        _say_price_of_bf16(run, preferences, as_json=as_json, truncate=truncate, backbone=backbone, device=device)
+        return
     base = f"{baseline.name} (baseline)" if baseline else ""
     runs = {run.name: run, **({base: baseline} if baseline else {})}
     results = {
@@ -176,13 +184,15 @@ def score(
     max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Stop when more rows than this are bad.")] = 0.01,
     backbone: BackboneDir = None,
     device: Device = "auto",
+    dtype: Dtype = "fp32",
+    deterministic: Deterministic = False,
 ) -> None:
     """Give every row of a file its reward. Killed and started again, it goes on where it was."""
     from moreward.bulk import score_file
     from moreward.train.track import Console
 
     console = Console()
-    scorer = _load(run, truncate=truncate, backbone=backbone, device=device)
+    scorer = _load(run, truncate=truncate, backbone=backbone, device=device, dtype=dtype, deterministic=deterministic)
     started = False
 
     def progress(done: int, total: int | None) -> None:
@@ -310,10 +320,18 @@ def main() -> None:
         raise
 
 
-def _load(run: Path, *, truncate: bool, backbone: str | None, device: str = "auto") -> Scorer:
+def _load(
+    run: Path,
+    *,
+    truncate: bool,
+    backbone: str | None,
+    device: str = "auto",
+    dtype: str = "fp32",
+    deterministic: bool = False,
+) -> Scorer:
     from moreward.scoring import load
 
-    scorer = load(run, backbone=backbone, device=device)
+    scorer = load(run, backbone=backbone, device=device, dtype=dtype, deterministic=deterministic)
     if truncate:
         scorer.on_long = "truncate"
     return scorer
@@ -360,6 +378,17 @@ def _measure(scorer: Scorer, preferences: list[Preference], seed: int = 0) -> Re
     result = evaluate_run(scorer, preferences, seed=seed)
     store.save()
     return result
+
+
+def _say_price_of_bf16(
+    run: Path, preferences: list[Preference], *, as_json: bool, truncate: bool, backbone: str | None, device: str
+) -> None:
+    from moreward.evals.dtype import dtype_check
+    from moreward.report import render_dtype
+
+    both = [_load(run, truncate=truncate, backbone=backbone, device=device, dtype=d) for d in ("fp32", "bf16")]
+    prices = dtype_check(both[0], both[1], preferences)
+    typer.echo(json.dumps([p.to_json() for p in prices], indent=1) if as_json else render_dtype(prices))
 
 
 def _budgets(results: dict[str, Result]) -> str:

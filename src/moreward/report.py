@@ -14,6 +14,7 @@ from typing import Protocol
 
 from moreward.evals.accuracy import CHANCE, SATURATED, Cost, Evaluation, Measures
 from moreward.evals.compare import Comparison, Difference
+from moreward.evals.dtype import DtypePrice
 from moreward.evals.routing import RoutingReport
 
 WIDTH = 100
@@ -472,3 +473,19 @@ def render_extension(before: ExtensionSide, after: ExtensionSide, domain: str) -
         else ("No old domain lost accuracy.")
     )
     return terminal_text([], [table], [words, *_router_words(after.routing)])
+
+
+def render_dtype(prices: Sequence[DtypePrice]) -> str:
+    """What bf16 costs, per domain and over all pairs."""
+    columns = [
+        Column("domain", [p.domain for p in prices], is_words=True),
+        Column("pairs", [f"{p.num_pairs:,}" for p in prices]),
+        Column("accuracy\nfp32", [_percent(p.accuracy_fp32) for p in prices]),
+        Column("accuracy\nbf16", [_percent(p.accuracy_bf16) for p in prices]),
+        Column("pairs\nflipped", [f"{100 * p.flipped:.2f}" for p in prices]),
+        Column("other\nexpert", [f"{100 * p.rerouted:.2f}" for p in prices]),
+        Column("margin error\n/ spread", [f"{p.margin_error:.4f}" for p in prices]),
+    ]
+    table = Table(columns, len(prices) - (prices[-1].domain == "all"))
+    words = "margin error: root mean square change of the margin, in standard deviations of the fp32 margin"
+    return terminal_text(["The price of bf16, in per cent of pairs:"], [table], [words])

@@ -84,7 +84,8 @@ class Scorer:
         self.identity = identity
         self.on_long: str = card["config"]["data"]["on_long"]
         for backbone in system.backbones():
-            backbone.store = None  # kept features would grow without end; evaluation asks for them itself
+            # Kept features would grow without end; evaluation asks for them itself.
+            backbone.store = backbone.trunk_store = None
 
     @classmethod
     def load(
@@ -103,7 +104,14 @@ class Scorer:
         if dtype not in ("fp32", "bf16"):
             raise ConfigError(f"dtype: {dtype!r} is not there; use fp32 or bf16")
         system, encoder, card = read_model(run, backbone=backbone)
-        name = identity(model_folder(run))
+        # Another way to compute is another scorer: a job that was begun with one is not ended with the other.
+        name = "/".join(
+            [
+                identity(model_folder(run)),
+                *([dtype] if dtype != "fp32" else []),
+                *(["deterministic"] if deterministic else []),
+            ]
+        )
         scorer = cls(system, encoder, card, identity=name, device=device, deterministic=deterministic)
         if check:
             scorer.check_golden(limit=4)

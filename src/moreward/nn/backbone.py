@@ -22,6 +22,7 @@ from moreward.nn.adapted import Kept, StreamLinear
 from moreward.nn.families import Family, find_family
 from moreward.nn.linear import speed_up
 from moreward.nn.packing import Stream, Tokens, pack
+from moreward.nn.threads import settle_threads
 
 if TYPE_CHECKING:
     from moreward.nn.features import FeatureStore
@@ -127,6 +128,7 @@ class Backbone(nn.Module):
     def __init__(self, classifier: nn.Module, *, pooling: str = "auto", name: str = "") -> None:
         """`classifier` is a `*ForSequenceClassification` with one label; its last linear layer is taken off."""
         super().__init__()
+        settle_threads()
         last = last_linear_name(classifier)
         self.hidden_size = int(classifier.get_submodule(last).in_features)  # type: ignore[arg-type]
         self.config: Any = classifier.config
@@ -218,6 +220,14 @@ class Backbone(nn.Module):
         config.num_labels = 1
         with torch.device(device):
             return cls(AutoModelForSequenceClassification.from_config(config), pooling=pooling)
+
+    def without_dropout(self) -> None:
+        """Train without the transformer's own dropout, as TRL's RewardTrainer does; adapters keep theirs."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0  # type: ignore[assignment]
 
     def fingerprint(self) -> dict[str, str]:
         """The name and SHA-256 of the largest pretrained matrix, to be compared with the file it came from."""
