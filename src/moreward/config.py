@@ -30,6 +30,7 @@ class DataConfig(_Section):
     domain_key: str | None = Field(None, description="the column that names the domain")
     domain_map: dict[str, str] | None = Field(None, description="file-name pattern or raw value -> domain")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="stop when more than this share of rows is bad")
+    contradiction_weight: float = Field(1.0, ge=0, le=1, description="weight in the loss of both pairs that contradict")
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
     on_long: Literal["drop", "truncate"] = Field("drop", description="what to do with longer pairs; counted")
 

@@ -38,7 +38,8 @@ class Preference:
     """One judgement: to `prompt`, `chosen` was preferred over `rejected`.
 
     `group` ties rows that must not stand on two sides of a split (the same prompt, document, debate);
-    empty means "the prompt itself". `source` is `file:line`. `margin` is how much better, if known.
+    empty means "the prompt itself". `source` is `file:line`. `margin` is how much better, if known; `weight` what the
+    pair's loss is multiplied by.
     """
 
     prompt: Text
@@ -47,6 +48,7 @@ class Preference:
     domain: str = NO_DOMAIN
     id: str = ""
     margin: float | None = None
+    weight: float = 1.0
     group: str = ""
     source: str = ""
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -86,6 +88,7 @@ class Batch:
 
     A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
     conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
+    `weight_B` is None where every pair weighs 1.
     """
 
     ids_NT: Tensor
@@ -95,6 +98,7 @@ class Batch:
     prompt_of_N: Tensor
     domain_N: Tensor
     margin_B: Tensor | None = None
+    weight_B: Tensor | None = None
     is_pairs: bool = False
     names: tuple[str, ...] = ()
     truncated_N: Tensor | None = None
@@ -122,6 +126,7 @@ class Batch:
             prompt_of_N=self.prompt_of_N[index],
             domain_N=self.domain_N[index],
             margin_B=None,
+            weight_B=None,
             is_pairs=False,
             names=(),
             truncated_N=None,

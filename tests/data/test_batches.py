@@ -365,6 +365,17 @@ def test_margins_travel_with_their_pairs_and_a_missing_one_is_zero(
     assert batch.rows(torch.tensor([0])).margin_B is None
 
 
+def test_a_batch_holds_weights_only_where_a_pair_has_one(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("bert")
+    plain = Preference(prompt=PROMPT, chosen=RESPONSE, rejected="No.")
+    pairs = encode_pairs(encoder, [plain, replace(plain, weight=0.25)], ["default"], on_long="drop").pairs
+    assert pair_batch(pairs[:1], encoder.pad_id).weight_B is None
+    batch = pair_batch(pairs, encoder.pad_id)
+    assert batch.weight_B is not None
+    assert batch.weight_B.tolist() == [1.0, 0.25]
+    assert batch.rows(torch.tensor([0])).weight_B is None
+
+
 def test_conversations_make_a_batch_too_and_truncation_is_marked(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("bert", 40)
     encoded = [encoder.conversation(side(p, "chosen")) for p in sample()]

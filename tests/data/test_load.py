@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,23 @@ def test_planted_duplicates_and_contradictions_are_counted_exactly(tmp_path):
     assert loaded.quarantine[0].detail == f"same as {tmp_path / 'x.jsonl'}:1"
     first, second = loaded.contradictions[7]
     assert (first.prompt, first.chosen) == (second.prompt, second.rejected)
+
+
+def test_both_pairs_of_a_contradiction_weigh_what_the_setting_says_and_no_other(tmp_path):
+    rows = [*[row(i) for i in range(4)], row(1, chosen="bad 1", rejected="good 1"), row(1)]
+    path = write(tmp_path / "x.jsonl", rows)
+    plain, weighted = load_preferences(path), load_preferences(path, contradiction_weight=0.25)
+    assert [p.weight for p in plain.preferences] == [1, 1, 1, 1, 1]
+    assert [p.weight for p in weighted.preferences] == [1, 0.25, 1, 1, 0.25]
+    assert [replace(p, weight=1.0) for p in weighted.preferences] == plain.preferences
+    assert (weighted.duplicates, len(weighted.contradictions)) == (1, 1)
+
+
+def test_two_domains_may_judge_a_pair_differently_at_full_weight(tmp_path):
+    rows = [row(0, domain="a"), row(0, chosen="bad 0", rejected="good 0", domain="b")]
+    loaded = load_preferences(write(tmp_path / "x.jsonl", rows), contradiction_weight=0)
+    assert [p.weight for p in loaded.preferences] == [1, 1]
+    assert len(loaded.contradictions) == 1
 
 
 def test_a_row_of_many_pairs_loses_its_known_pairs_and_stays(tmp_path):

@@ -224,6 +224,21 @@ def test_margins_are_used_unless_told_not_to(
     assert (unused / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
 
 
+def test_contradictions_weigh_as_told_and_the_weight_is_part_of_a_runs_hashes(
+    tiny_backbone: Tiny, pairs: Sequence[Preference], tmp_path: Path
+) -> None:
+    turned = [replace(p, chosen=p.rejected, rejected=p.chosen, id=f"turned {p.id}") for p in pairs]
+    data = write_pairs(tmp_path / "turned.jsonl", [*pairs, *turned])
+    whole, half = (
+        train(given("arliss", tiny_backbone("bert"), data, tmp_path / f"{w}", f"data.contradiction_weight={w}"))
+        for w in (1, 0.5)
+    )
+    assert card(whole)["data"]["train"]["contradictions"] == 40
+    assert all(card(whole)["data"][k] != card(half)["data"][k] for k in ("config_sha256", "data_sha256"))
+    assert first_loss(whole) == pytest.approx(math.log(2), abs=0.05)
+    assert first_loss(half) == pytest.approx(first_loss(whole) / 2)
+
+
 def test_training_in_bf16_learns_and_stores_float32(tiny_backbone: Tiny, data: Path, tmp_path: Path) -> None:
     if not has_bf16(torch.device("cpu")):
         pytest.skip("no bf16 here")

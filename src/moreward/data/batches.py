@@ -276,11 +276,14 @@ def pair_batch(pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
     margin_B = None
     if any(m is not None for m in margins):
         margin_B = torch.tensor([m or 0.0 for m in margins], dtype=torch.float32)
+    weights = [p.preference.weight for p in pairs]
+    weight_B = torch.tensor(weights, dtype=torch.float32) if any(w != 1 for w in weights) else None
     return _batch(
         encoded,
         domain_B + domain_B,
         pad_id,
         margin_B=margin_B,
+        weight_B=weight_B,
         is_pairs=True,
         names=tuple(p.preference.name for p in pairs),
     )

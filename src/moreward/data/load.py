@@ -234,6 +234,7 @@ def load_preferences(
     domain_key: str | None = None,
     domain_map: Mapping[str, str] | None = None,
     max_bad_share: float = 0.01,
+    contradiction_weight: float = 1.0,
     allow_empty_prompt: bool = False,
     use_margin: bool = True,
     strict: bool = True,
@@ -248,6 +249,7 @@ def load_preferences(
         domain_key: a column that names the domain where `domain` does not.
         domain_map: a file-name pattern, or a domain as the data spells it, to a domain.
         max_bad_share: the share of rows that may be quarantined; see `NOT_BAD` for what does not count.
+        contradiction_weight: the weight of both pairs of a contradiction within one domain; all others weigh 1.
         allow_empty_prompt: keep rows whose prompt is there but blank.
         use_margin: keep margins, and refuse data in which only some rows have one.
         strict: raise what makes the data unfit as a whole; otherwise it stands in `Loaded.problems`.
@@ -269,6 +271,8 @@ def load_preferences(
     items = _items(found.sources, empty)
     intake = _Intake(rules)
     loaded = _load_oasst(list(items), domain or OASST) if shape == OASST else intake.take_all(items)
+    if contradiction_weight != 1:
+        loaded = replace(loaded, preferences=_weighted(loaded, contradiction_weight))
     if not use_margin:
         loaded = replace(loaded, preferences=[replace(p, margin=None) for p in loaded.preferences])
     problems = [DataError(f"The data has no rows in {', '.join(map(str, empty))}.")] if empty else []
@@ -278,6 +282,14 @@ def load_preferences(
         raise problems[0]
     skipped = [str(path) for path in found.skipped]
     return replace(loaded, problems=[str(problem) for problem in problems], skipped_files=skipped)
+
+
+def _weighted(loaded: Loaded, weight: float) -> list[Preference]:
+    """The preferences, both of each contradiction within a domain with that weight. That two domains judge a pair
+    differently is no fault of either: it is what a mixture is for."""
+    within = [both for both in loaded.contradictions if both[0].domain == both[1].domain]
+    opposed = {id(p) for both in within for p in both}
+    return [replace(p, weight=weight) if id(p) in opposed else p for p in loaded.preferences]
 
 
 def _items(sources: Iterable[Path], empty: list[Path]) -> Iterator[Item]:

@@ -123,7 +123,11 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     """`pairs` and those of one more domain, a share of them held out."""
     domain = addition["domain"]
     loaded = load_preferences(
-        addition["data"], domain_map={"*": domain}, max_bad_share=old.data.max_bad_share, shape=addition["shape"]
+        addition["data"],
+        domain_map={"*": domain},
+        max_bad_share=old.data.max_bad_share,
+        contradiction_weight=old.data.contradiction_weight,
+        shape=addition["shape"],
     )
     if others := sorted({p.domain for p in loaded.preferences} - {domain}):
         raise ConfigError(f"--data holds rows of domain {', '.join(others)}; give the pairs of {domain!r} alone")

@@ -64,7 +64,13 @@ class Pairs:
 
     def sha256(self) -> str:
         """One hash over what is learned from, in order."""
-        return _sha256([(p.prompt, p.chosen, p.rejected, p.domain, p.margin) for p in (*self.train, *self.val)])
+        return _sha256([_learned(p) for p in (*self.train, *self.val)])
+
+
+def _learned(preference: Preference) -> list[Any]:
+    """What of a pair decides what is learned. A weight of 1 is left out, so that older runs keep their hash."""
+    p = preference
+    return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *([p.weight] if p.weight != 1 else [])]
 
 
 def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
@@ -113,6 +119,7 @@ def read_pairs(config: RunConfig) -> Pairs:
         "domain_key": told.domain_key,
         "domain_map": told.domain_map,
         "max_bad_share": told.max_bad_share,
+        "contradiction_weight": told.contradiction_weight,
         "use_margin": config.train.use_margin,
     }
     loaded = load_preferences(list(told.train), **options)
