@@ -91,6 +91,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the random router.")] = 0,
 ) -> None:
     """Say per domain how good a run is, with intervals, and whether it beats a single model."""
+    from moreward.data.split import linked_groups
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import render_evaluation
 
@@ -105,7 +106,7 @@ def evaluate(
     comparison = None
     if baseline:
         _check_same_pairs(results)
-        groups, domains = [p.prompt_group for p in result.preferences], [p.domain for p in result.preferences]
+        groups, domains = linked_groups(result.preferences), [p.domain for p in result.preferences]
         correct = {name: r.correct for name, r in results.items()}
         comparison = compare_systems(correct, groups, domains, baseline=base)
     if as_json:
@@ -132,6 +133,7 @@ def compare(
     device: Device = "auto",
 ) -> None:
     """Put several runs side by side on the same pairs, with paired tests."""
+    from moreward.data.split import linked_groups
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import markdown_systems, render_systems
 
@@ -145,7 +147,7 @@ def compare(
     }
     _check_same_pairs(results)
     first = next(iter(results.values()))
-    groups, domains = [p.prompt_group for p in first.preferences], [p.domain for p in first.preferences]
+    groups, domains = linked_groups(first.preferences), [p.domain for p in first.preferences]
     correct = {name: r.correct for name, r in results.items()}
     wanted = Path(baseline) if baseline else runs[0]
     base = next((name for name, path in named.items() if path == wanted or name == wanted.name), None)

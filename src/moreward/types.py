@@ -57,7 +57,8 @@ class Preference:
 
     @property
     def prompt_group(self) -> str:
-        """What splits and clustered intervals go by. A row without a prompt is a group of its own."""
+        """Its group, else its prompt; a row without a prompt is a group of its own. Splits and intervals go by
+        `linked_groups`, which joins what has either in common."""
         if self.group:
             return self.group
         if self.prompt:

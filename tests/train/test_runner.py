@@ -33,6 +33,7 @@ from moreward.nn.experts import RewardHead
 from moreward.scoring import load
 from moreward.train.loop import has_bf16
 from moreward.train.runner import Pairs, read_pairs, train, train_on
+from moreward.train.track import Silent
 from moreward.types import Preference
 from trained import card, digests, given, metrics, trained, weights, write_pairs
 
@@ -295,6 +296,30 @@ def test_a_held_out_domain_that_is_not_trained_is_refused(
     val = write_pairs(tmp_path / "val.jsonl", [replace(pairs[0], prompt="New.", domain="cod")])
     with pytest.raises(DataError, match=r"Unknown domain cod\. Known: long, short\."):
         train(given("arliss", tiny_backbone("bert"), data, tmp_path / "run", f"data.val={val}"))
+
+
+class Told(Silent):
+    """A reporter that remembers what it was told to say."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_domain_of_which_nothing_can_be_held_out_is_told_and_stands_in_the_card(
+    tiny_backbone: Tiny, pairs: Sequence[Preference], tmp_path: Path
+) -> None:
+    data, told = tmp_path / "x.jsonl", Told()
+    rows = [{k: getattr(p, k) for k in ("prompt", "chosen", "rejected", "domain")} for p in pairs]
+    rows = [row | {"group": "one annotator"} if row["domain"] == "long" else row for row in rows]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(given("arliss", tiny_backbone("bert"), data, tmp_path / "run", "train.max_steps=1"), reporter=told)
+    (sentence,) = card(run)["data"]["not_held_out"]
+    assert sentence in told.said
+    assert sentence.startswith("domain long: none of its 20 pairs is held out")
+    assert "20 of them hang together" in sentence
 
 
 def test_a_metric_of_no_domain_is_refused(tiny_backbone: Tiny, data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
 from moreward.data.load import assert_no_leak, check_domains, load_preferences
-from moreward.data.split import split_by_group
+from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import ConfigError, RunError
 from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
@@ -136,7 +136,9 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     assert_no_leak(pairs.train, sides["val"])
     assert_no_leak(sides["train"], pairs.val)
     quarantine = [*pairs.quarantine, *loaded.quarantine]
-    return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], pairs.report, quarantine)
+    missing = not_held_out(loaded.preferences, sides["val"])
+    report = {**pairs.report, "not_held_out": [*pairs.report.get("not_held_out", []), *missing]}
+    return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], report, quarantine)
 
 
 def _work(before: Scorer, config: RunConfig, domains: Sequence[str], pairs: Pairs, reporter: Reporter) -> Work:

@@ -27,7 +27,7 @@ from moreward.checkpoint import CheckpointStore
 from moreward.config import RunConfig, deviations, resolve
 from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side
 from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
-from moreward.data.split import split_by_group
+from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.features import FeatureStore, cache_folder
@@ -123,7 +123,7 @@ def read_pairs(config: RunConfig) -> Pairs:
         "use_margin": config.train.use_margin,
     }
     loaded = load_preferences(list(told.train), **options)
-    report = {"train": _told(loaded)}
+    report: dict[str, Any] = {"train": _told(loaded)}
     if told.val:
         held_out = load_preferences(list(told.val), **options)
         assert_no_leak(loaded.preferences, held_out.preferences)
@@ -134,6 +134,7 @@ def read_pairs(config: RunConfig) -> Pairs:
         share = told.val_fraction
         sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
         quarantine = loaded.quarantine
+        report["not_held_out"] = not_held_out(loaded.preferences, sides["val"])
     return Pairs(sides["train"], sides["val"], report, quarantine)
 
 
@@ -235,6 +236,8 @@ class Work:
         self.pairwise = PairwiseLoss(label_smoothing=told.label_smoothing, centering=told.centering)
         self.accelerator = make_accelerator(told, str(run))
         self.started = time.monotonic()
+        for sentence in pairs.report.get("not_held_out", ()):
+            reporter.say(sentence)
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
         self.quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
