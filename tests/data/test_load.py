@@ -250,6 +250,20 @@ def test_a_file_without_rows_is_named(tmp_path, name, text, shape):
     assert len(load_preferences(tmp_path, shape=shape, strict=False).problems) == 1
 
 
+def test_a_file_of_a_registry_without_rows_is_named_whatever_its_others_hold(tmp_path):
+    entries = {}
+    for name, rows in (("code", [row(0)]), ("law", [])):
+        write(tmp_path / f"{name}.jsonl", rows)
+        columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+        entries[name] = {"file_name": f"{name}.jsonl", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=r"no rows in .*law\.jsonl"):
+        load_preferences(tmp_path)
+    told = load_preferences(tmp_path, strict=False)
+    assert len(told.preferences) == 1
+    assert "law.jsonl" in told.problems[0]
+
+
 def test_files_that_cannot_be_read_are_listed(tmp_path):
     write(tmp_path / "code.jsonl", [row(0)])
     write(tmp_path / "law.tsv", ["x"])

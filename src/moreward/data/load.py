@@ -32,7 +32,7 @@ from types import MappingProxyType
 
 from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
-from moreward.data.sources import READERS, BadRow, Item, RawRow, find_sources, read_rows
+from moreward.data.sources import READERS, BadRow, Item, RawRow, files_of, find_sources, read_rows
 from moreward.data.split import linked_groups
 from moreward.errors import DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
@@ -293,14 +293,13 @@ def _weighted(loaded: Loaded, weight: float) -> list[Preference]:
 
 
 def _items(sources: Iterable[Path], empty: list[Path]) -> Iterator[Item]:
-    """The rows of all sources; a source that has none is added to `empty`."""
+    """The rows of all sources; a file that has none is added to `empty`."""
     for path in sources:
-        num_rows = 0
+        seen: set[str] = set()
         for item in read_rows(path):
-            num_rows += 1
+            seen.add(item.file)
             yield item
-        if num_rows == 0:
-            empty.append(path)
+        empty += [file for file in files_of(path) if str(file) not in seen]
 
 
 def _problems(loaded: Loaded, intake: _Intake, max_bad_share: float) -> Iterator[DataError]:

@@ -573,7 +573,21 @@ _REGISTRY_SPEAKERS = {
 }
 
 
+def files_of(source: Path) -> list[Path]:
+    """The files that a source's rows come from: itself, but for a registry."""
+    if source.name != REGISTRY_NAME:
+        return [source]
+    return [file for entry in _registry_entries(source) for file in expand(source.parent / entry["file_name"])]
+
+
 def _registry_rows(path: Path) -> Iterator[Item]:
+    for entry in _registry_entries(path):
+        for file in expand(path.parent / entry["file_name"]):
+            for item in read_rows(file):
+                yield replace(item, row=_registry_row(item.row, entry)) if isinstance(item, RawRow) else item
+
+
+def _registry_entries(path: Path) -> list[Mapping[str, Any]]:
     """The entries of a LLaMA-Factory `dataset_info.json` that hold preferences (`"ranking": true`)."""
     try:
         entries = json.loads(path.read_text("utf-8-sig"))
@@ -591,9 +605,7 @@ def _registry_rows(path: Path) -> Iterator[Item]:
             raise DataError(
                 f"{path}: entry {name!r}: formatting must be alpaca or sharegpt, got {entry['formatting']!r}."
             )
-        for file in expand(path.parent / entry["file_name"]):
-            for item in read_rows(file):
-                yield replace(item, row=_registry_row(item.row, entry)) if isinstance(item, RawRow) else item
+    return list(ranking.values())
 
 
 def _registry_row(row: dict[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
