@@ -153,7 +153,9 @@ def test_the_card_accounts_for_every_row(tiny_backbone: Tiny, pairs: Sequence[Pr
     }  # fmt: skip
     not_used = Counter({d: sum(reasons.values()) for d, reasons in told["not_used"].items()})
     used = sum(told["train_pairs"].values()) + sum(told["val_pairs"].values())
-    assert used + not_used.total() == told["train"]["rows"]
+    assert used + not_used.total() == told["train"]["rows"] == told["rows_read"]
+    assert (told["rows_used"], told["pairs_used"], told["pairs_made"]) == (used, used, used + 1)
+    assert told["pairs_not_used"] == {"short": {"too_long": 1}}
     assert told["not_used"] == {
         "long": {"empty_chosen": 1},
         "short": {"duplicate": 1, "identical": 1, "wrong_type": 1, "too_long": 1},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,9 +216,10 @@ def side(preference: Preference, which: str) -> Conversation:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """Pairs ready for training; those that did not get in, with the reason; and how many were cut, by domain."""
+    """Pairs ready for training; those that did not get in, each with its reason; and how many were cut, by domain."""
 
     pairs: list[EncodedPair]
+    refused: list[Preference]
     quarantine: list[Quarantined]
     num_truncated: dict[str, int]
 
@@ -231,34 +233,55 @@ def encode_pairs(
     A domain that loses all its pairs is a DataError: a mixture without one of its domains is not what was asked for.
     """
     index = {domain: i for i, domain in enumerate(domains)}
-    result = EncodedSet([], [], {})
+    result = EncodedSet([], [], [], {})
     with encoder.reading_ahead(preferences):
-        for preference in preferences:
+        for preference, place in zip(preferences, _places_in_rows(preferences), strict=True):
             try:
                 chosen, rejected = encoder.pair(preference)
+                reason, detail = _fault(chosen, rejected, on_long)
             except DataError as error:
-                result.quarantine.append(_refused(preference, "bad_template", str(error)))
-                continue
-            truncated = chosen.truncated or rejected.truncated
-            reason = "too_long" if truncated and on_long == "drop" else ""
-            reason = reason or ("identical_after_truncation" if chosen.ids == rejected.ids else "")
+                reason, detail = "bad_template", str(error)
             if reason:
-                sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
-                detail = f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}"
-                result.quarantine.append(_refused(preference, reason, detail))
+                result.refused.append(preference)
+                result.quarantine.append(_refused(preference, reason, place + detail))
                 continue
-            if truncated:
+            if chosen.truncated or rejected.truncated:
                 count = result.num_truncated.get(preference.domain, 0)
                 result.num_truncated[preference.domain] = count + 1
             result.pairs.append(EncodedPair(preference, chosen, rejected, index.get(preference.domain, -1)))
+    _refuse_emptied(result, preferences, encoder.max_length)
+    return result
+
+
+def _fault(chosen: Encoded, rejected: Encoded, on_long: str) -> tuple[str, str]:
+    """Why two token sequences are no pair to learn from, in a word and in a sentence; both empty if they are."""
+    reason = "identical_after_truncation" if chosen.ids == rejected.ids else ""
+    if on_long == "drop" and (chosen.truncated or rejected.truncated):
+        reason = "too_long"
+    sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
+    return reason, f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}" if reason else ""
+
+
+def _refuse_emptied(result: EncodedSet, preferences: Sequence[Preference], max_length: int) -> None:
     emptied = {p.domain for p in preferences} - {p.preference.domain for p in result.pairs}
     if emptied:
         raise DataError(
-            f"no pair of domain {', '.join(sorted(emptied))} fits the limit of {encoder.max_length} tokens and the "
+            f"no pair of domain {', '.join(sorted(emptied))} fits the limit of {max_length} tokens and the "
             "chat template. Raise data.max_length, set data.on_long=truncate, or leave the domain out.\n"
             + "\n".join(f"  {row}" for row in [q for q in result.quarantine if q.domain in emptied][:5])
         )
-    return result
+
+
+def _places_in_rows(preferences: Sequence[Preference]) -> list[str]:
+    """`pair 2 of 3: ` for each pair of a row that holds several, as its place in the row; else nothing."""
+    num_pairs = Counter(p.source for p in preferences if p.source)
+    seen: Counter[str] = Counter()
+    places = []
+    for preference in preferences:
+        seen[preference.source] += 1
+        several = num_pairs[preference.source] > 1
+        places.append(f"pair {seen[preference.source]} of {num_pairs[preference.source]}: " if several else "")
+    return places
 
 
 def _refused(preference: Preference, reason: str, detail: str) -> Quarantined:

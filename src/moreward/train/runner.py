@@ -26,6 +26,7 @@ from torch import Tensor
 from moreward.checkpoint import CheckpointStore
 from moreward.config import RunConfig, deviations, resolve
 from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side
+from moreward.data.books import account
 from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import BackboneError, ConfigError, RunError
@@ -149,14 +150,6 @@ def _told(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _reasons(quarantine: Sequence[Quarantined]) -> dict[str, dict[str, int]]:
-    """Rows not used: by domain, then by reason."""
-    reasons: dict[str, Counter[str]] = {}
-    for row in quarantine:
-        reasons.setdefault(row.domain, Counter())[row.reason] += 1
-    return {domain: dict(counts) for domain, counts in sorted(reasons.items())}
-
-
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Path]:
     """Make the run folder, or enter it again for the same configuration; no second process may enter meanwhile."""
@@ -240,8 +233,9 @@ class Work:
             reporter.say(sentence)
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
-        self.quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
-        write_quarantine(self.quarantine, run / "quarantine.jsonl")
+        self.books = account(pairs.quarantine, [self.train, self.val])
+        quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
+        write_quarantine(quarantine, run / "quarantine.jsonl")
 
     def _encode(self, preferences: Sequence[Preference]) -> EncodedSet:
         return encode_pairs(self.encoder, preferences, self.domains, on_long=self.config.data.on_long)
@@ -346,7 +340,7 @@ class Work:
                 **self._hashes(),
                 "train_pairs": _by_domain(self.train.pairs),
                 "val_pairs": _by_domain(self.val.pairs),
-                "not_used": _reasons(self.quarantine),
+                **self.books.to_json(),
                 "truncated": {"train": self.train.num_truncated, "val": self.val.num_truncated},
                 "standardised_on": "training pairs of each expert's stage, evenly spaced, both responses",
             },
