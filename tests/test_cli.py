@@ -131,6 +131,7 @@ def test_the_check_as_json_parses_and_counts(data: Path, tiny_backbone: Tiny, ty
     told = json.loads(said.out)
     assert json.dumps(told).count("too_long") + json.dumps(told).count("truncated") > 0
     assert {"long", "short"} <= set(told["domains"])
+    assert told["tokenizer"] == {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]", "pad_is_eos": False}
 
 
 def test_data_that_is_not_there_is_refused(tmp_path: Path, typed: Type) -> None:

@@ -293,7 +293,7 @@ def data_check(
 
         encoder = Encoder(load_tokenizer(backbone), max_length)
         with encoder.reading_ahead(loaded.preferences):
-            found = audit(loaded, measure=encoder.measure)
+            found = audit(loaded, measure=encoder.measure, marks=encoder.marks)
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else render(found))
     raise typer.Exit(1 if found.has_errors else 0)
 

@@ -327,6 +327,45 @@ def test_the_audit_is_told_what_the_training_would_meet(make_encoder: MakeEncode
     assert encoder.measure(replace(sample()[0], prompt="a [SEP] b")).special_tokens
 
 
+SAID = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "doubled_bos", "missing_eos"),
+    [
+        ("{{ bos_token }}" + SAID + "{{ eos_token }}", False, False),
+        ("{{ bos_token }}" + SAID + "{{ eos_token }}\n", False, False),
+        ("{{ bos_token * 2 }}" + SAID + "{{ eos_token }}", True, False),
+        ("{{ bos_token }}" + SAID, False, True),
+        (SAID, False, True),
+    ],
+)
+def test_the_audit_is_told_of_a_doubled_bos_and_a_missing_eos(
+    template: str, doubled_bos: bool, missing_eos: bool, make_encoder: MakeEncoder
+) -> None:
+    tokenizer = copy.copy(make_encoder("llama").tokenizer)
+    tokenizer.chat_template = template
+    said, other = turns("Yes", first="assistant"), turns("No", first="assistant")
+    told = Encoder(tokenizer, 100).measure(Preference(prompt=turns("Hi"), chosen=said, rejected=other))
+    assert (told.doubled_bos, told.missing_eos, told.refusal) == (doubled_bos, missing_eos, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_text_has_one_bos_and_an_eos_for_every_tokenizer(kind: str, make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder(kind)
+    bos, eos = encoder.marks.bos, encoder.marks.eos
+    told = encoder.measure(Preference(prompt=PROMPT, chosen=f"{bos}{RESPONSE}", rejected=f"{RESPONSE}{eos}"))
+    assert (told.doubled_bos, told.missing_eos, told.special_tokens) == (False, False, True)
+    assert encoder.marks.pad_is_eos == (kind in ("gpt2", "llama"))
+
+
+def test_the_audit_is_told_what_the_chat_template_refuses(make_encoder: MakeEncoder) -> None:
+    tokenizer = copy.copy(make_encoder("qwen2").tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system turn, please') }}"
+    pair = Preference(prompt=turns("Hi"), chosen=turns("A", first="assistant"), rejected=turns("B", first="assistant"))
+    assert "no system turn, please" in Encoder(tokenizer, 100).measure(pair).refusal
+
+
 def batch_pairs(encoder: Encoder, pairs: Sequence[Preference]) -> list[EncodedPair]:
     return encode_pairs(encoder, pairs, ("long", "short"), on_long="drop").pairs
 

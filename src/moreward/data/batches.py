@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from moreward.data.audit import PairLengths
+from moreward.data.audit import PairLengths, TokenizerMarks
 from moreward.data.load import Quarantined
 from moreward.errors import DataError
 from moreward.types import Batch, Conversation, Message, Preference, Text
@@ -72,6 +72,7 @@ class Encoder:
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.joins_pairs = tokenizer.sep_token_id is not None and tokenizer.cls_token_id is not None
         self._specials = sorted((t for t in tokenizer.all_special_tokens if t), key=len, reverse=True)
+        self._bos_ids = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
         self._special_ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self._to_hide = re.compile("|".join(re.escape(t) for t in (*self._specials, "\ue000")))
         self._ahead: dict[str, list[int]] = {}
@@ -99,15 +100,35 @@ class Encoder:
 
     def measure(self, preference: Preference) -> PairLengths:
         """What the audit wants to know of a pair's tokens."""
-        chosen, rejected = self.pair(preference)
         texts = " ".join(_as_text(t) for t in (preference.prompt, preference.chosen, preference.rejected))
+        special_tokens = any(s in texts for s in self._specials)
+        try:
+            chosen, rejected = self.pair(preference)
+        except DataError as error:
+            return PairLengths(0, 0, False, False, special_tokens, refusal=str(error))
         return PairLengths(
             chosen_tokens=len(chosen.ids) + chosen.num_dropped,
             rejected_tokens=len(rejected.ids) + rejected.num_dropped,
             truncated=chosen.truncated or rejected.truncated,
             identical_after_truncation=chosen.ids == rejected.ids,
-            special_tokens=any(s in texts for s in self._specials),
+            special_tokens=special_tokens,
+            doubled_bos=any(self._bos_ids >= {*e.ids[:2]} for e in (chosen, rejected)),
+            missing_eos=not (self._is_ended(chosen) and self._is_ended(rejected)),
         )
+
+    @property
+    def marks(self) -> TokenizerMarks:
+        """The tokens that the audit speaks of."""
+        t = self.tokenizer
+        return TokenizerMarks(
+            bos=t.bos_token or t.cls_token or "", eos=t.eos_token or t.sep_token or "", pad=t.pad_token or ""
+        )
+
+    def _is_ended(self, encoded: Encoded) -> bool:
+        """Whether the last token that is not blank ends a text."""
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id} - {None}
+        last = next((i for i in reversed(encoded.ids) if i in ends or self.tokenizer.decode([i]).strip()), None)
+        return last in ends
 
     @contextmanager
     def reading_ahead(self, preferences: Sequence[Preference]) -> Iterator[None]:

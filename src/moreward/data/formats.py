@@ -2,11 +2,7 @@
 
 A shape is one entry of `SHAPES`: the columns it needs, those that often come with it, and one function from
 a row to `Judged`. To add a shape, write that function and its entry. Plain text stays `str`; turns become a
-tuple of messages. A row that cannot be used raises `RowError`, whose `code` is one of
-
-    missing_field  wrong_type  unknown_shape  ambiguous_shape  pretokenized  unsupported_content
-    empty_prompt  empty_chosen  empty_rejected  identical  prompt_mismatch
-    empty_conversation  bad_role  ends_on_user  bad_margin  bad_label  too_few_responses
+tuple of messages. A row that cannot be used raises `RowError`, whose `code` stands in `reasons.py`.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from types import MappingProxyType
 
 from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
+from moreward.data.reasons import NOT_BAD
 from moreward.data.sources import READERS, BadRow, Item, RawRow, files_of, find_sources, read_rows
 from moreward.data.split import linked_groups
 from moreward.errors import DataError
@@ -42,9 +43,6 @@ FORMATS: Mapping[str, Shape] = {**SHAPES, **BENCHMARKS}
 
 OASST = "oasst"
 _OASST_FIELDS = frozenset(["message_id", "parent_id", "message_tree_id", "text", "role", "lang"])
-
-NOT_BAD = frozenset({"duplicate", "identical", "tie"})
-"""Reasons that say nothing against the file: such rows do not count towards `max_bad_share`."""
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _SPLIT_WORDS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test")
@@ -248,7 +246,7 @@ def load_preferences(
         domain: the domain of rows that name none.
         domain_key: a column that names the domain where `domain` does not.
         domain_map: a file-name pattern, or a domain as the data spells it, to a domain.
-        max_bad_share: the share of rows that may be quarantined; see `NOT_BAD` for what does not count.
+        max_bad_share: the share of rows that may be quarantined; see `reasons.NOT_BAD` for what does not count.
         contradiction_weight: the weight of both pairs of a contradiction within one domain; all others weigh 1.
         allow_empty_prompt: keep rows whose prompt is there but blank.
         use_margin: keep margins, and refuse data in which only some rows have one.
