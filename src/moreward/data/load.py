@@ -33,9 +33,9 @@ from types import MappingProxyType
 from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
 from moreward.data.reasons import NOT_BAD
-from moreward.data.sources import READERS, BadRow, Item, RawRow, files_of, find_sources, read_rows
+from moreward.data.sources import READERS, BadRow, Item, RawRow, files_of, find_sources, read_rows, retagged
 from moreward.data.split import linked_groups
-from moreward.errors import DataError
+from moreward.errors import ConfigError, DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
 
 FORMATS: Mapping[str, Shape] = {**SHAPES, **BENCHMARKS}
@@ -98,17 +98,28 @@ class _Rules:
     domain: str
     domain_key: str
     domain_map: Mapping[str, str]
+    input_template: str
+    tags: Mapping[str, str]
     allow_empty_prompt: bool
 
     def convert(self, raw: RawRow) -> Converted:
-        return convert_row(
-            raw.row,
+        converted = convert_row(
+            retagged(raw.row, self.tags) if self.tags else raw.row,
             shape=self.shape,
             fields=self.fields,
             domain=self.named(raw.row) or self.of_file(raw.file),
             source=f"{raw.file}:{raw.line}",
             allow_empty_prompt=self.allow_empty_prompt,
         )
+        return replace(converted, preferences=[self.framed(p) for p in converted.preferences])
+
+    def framed(self, preference: Preference) -> Preference:
+        """With the template around its prompt, where that is plain text."""
+        prompt = preference.prompt
+        if not self.input_template or not isinstance(prompt, str) or not prompt.strip():
+            return preference
+        before, after = self.input_template.split("{}")
+        return replace(preference, prompt=f"{before}{prompt}{after}")
 
     def named(self, row: Row) -> str:
         """The domain in the `domain_key` column."""
@@ -231,6 +242,8 @@ def load_preferences(
     domain: str | None = None,
     domain_key: str | None = None,
     domain_map: Mapping[str, str] | None = None,
+    input_template: str = "",
+    tags: Mapping[str, str] | None = None,
     max_bad_share: float = 0.01,
     contradiction_weight: float = 1.0,
     allow_empty_prompt: bool = False,
@@ -246,6 +259,8 @@ def load_preferences(
         domain: the domain of rows that name none.
         domain_key: a column that names the domain where `domain` does not.
         domain_map: a file-name pattern, or a domain as the data spells it, to a domain.
+        input_template: text with one `{}`, where prompts that are plain text are put (conversations stay as they are).
+        tags: how sharegpt rows spell the keys and roles of turns, under LLaMA-Factory's names (`role_tag`, ...).
         max_bad_share: the share of rows that may be quarantined; see `reasons.NOT_BAD` for what does not count.
         contradiction_weight: the weight of both pairs of a contradiction within one domain; all others weigh 1.
         allow_empty_prompt: keep rows whose prompt is there but blank.
@@ -256,12 +271,16 @@ def load_preferences(
         DataError: nothing to read, or a file that ends early. If strict: a file without rows, too many bad rows,
             a domain of which no row is left, or a margin in some rows only.
     """
+    if input_template and input_template.count("{}") != 1:
+        raise ConfigError(f"input_template: must hold {{}} exactly once (got {input_template!r})")
     rules = _Rules(
         shape=find_shape(shape, FORMATS) if shape and shape != OASST else None,
         fields=fields,
         domain=domain or "",
         domain_key=domain_key or "",
         domain_map=domain_map or {},
+        input_template=input_template,
+        tags=tags or {},
         allow_empty_prompt=allow_empty_prompt,
     )
     found = find_sources(patterns)

@@ -615,15 +615,20 @@ def _registry_row(row: dict[str, Any], entry: Mapping[str, Any]) -> dict[str, An
     theirs_of = {usual.get(key, key): name for key, name in entry.get("columns", {}).items()}
     renamed = {name: value for name, value in row.items() if name not in theirs_of.values()}
     renamed |= {ours: row[theirs] for ours, theirs in theirs_of.items() if theirs in row}
-    if formatting == "sharegpt":
-        for name in {"conversations", "chosen", "rejected"} & renamed.keys():
-            renamed[name] = _registry_turns(renamed[name], entry.get("tags", {}))
-    return renamed
+    return retagged(renamed, entry.get("tags", {})) if formatting == "sharegpt" else renamed
 
 
-def _registry_turns(value: Any, tags: Mapping[str, str]) -> Any:
+def retagged(row: dict[str, Any], tags: Mapping[str, str]) -> dict[str, Any]:
+    """A sharegpt row with its turns' keys and roles spelled as usual, from the spelling that `tags` declares."""
+    if "conversations" not in row:
+        return row
+    names = {"conversations", "chosen", "rejected"} & row.keys()
+    return {name: _retagged_turns(value, tags) if name in names else value for name, value in row.items()}
+
+
+def _retagged_turns(value: Any, tags: Mapping[str, str]) -> Any:
     if isinstance(value, list):
-        return [_registry_turns(turn, tags) for turn in value]
+        return [_retagged_turns(turn, tags) for turn in value]
     role, content = tags.get("role_tag", "from"), tags.get("content_tag", "value")
     if not isinstance(value, dict) or role not in value:
         return value

@@ -125,6 +125,8 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     loaded = load_preferences(
         addition["data"],
         domain_map={"*": domain},
+        input_template=old.data.input_template,
+        tags=old.data.tags,
         max_bad_share=old.data.max_bad_share,
         contradiction_weight=old.data.contradiction_weight,
         shape=addition["shape"],

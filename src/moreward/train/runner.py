@@ -119,6 +119,8 @@ def read_pairs(config: RunConfig) -> Pairs:
         "domain": told.domain,
         "domain_key": told.domain_key,
         "domain_map": told.domain_map,
+        "input_template": told.input_template,
+        "tags": told.tags,
         "max_bad_share": told.max_bad_share,
         "contradiction_weight": told.contradiction_weight,
         "use_margin": config.train.use_margin,
