@@ -34,6 +34,7 @@ class DataConfig(_Section):
     domain_map: dict[str, str] | None = Field(None, description="file-name pattern or raw value -> domain")
     input_template: str = Field("", description="put around prompts that are plain text, at {}: 'User: {} Assistant: '")
     tags: dict[str, str] | None = Field(None, description="how sharegpt rows spell keys and roles, as LLaMA-Factory's")
+    tokenizer_sha256: str = Field("", description="of the tokenizer that made the token ids in the rows")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="stop when more than this share of rows is bad")
     contradiction_weight: float = Field(1.0, ge=0, le=1, description="weight in the loss of both pairs that contradict")
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")

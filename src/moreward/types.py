@@ -34,12 +34,21 @@ def text_key(*texts: Text) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIds:
+    """A pair that came as tokens: both whole conversations, and the prompt where it is known."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    prompt: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
     """One judgement: to `prompt`, `chosen` was preferred over `rejected`.
 
     `group` ties rows that must not stand on two sides of a split (the same prompt, document, debate);
     empty means "the prompt itself". `source` is `file:line`. `margin` is how much better, if known; `weight` what the
-    pair's loss is multiplied by.
+    pair's loss is multiplied by. A pair that came as `token_ids` has no texts; it is for training only.
     """
 
     prompt: Text
@@ -54,16 +63,14 @@ class Preference:
     tools: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: TokenIds | None = None
 
-    @property
-    def prompt_group(self) -> str:
-        """Its group, else its prompt; a row without a prompt is a group of its own. Splits and intervals go by
-        `linked_groups`, which joins what has either in common."""
-        if self.group:
-            return self.group
-        if self.prompt:
-            return text_key(self.prompt)
-        return text_key(*sorted((self.chosen, self.rejected), key=text_key))
+    def swapped(self) -> Preference:
+        """The opposite judgement."""
+        ids = self.token_ids
+        if ids is not None:
+            ids = TokenIds(chosen=ids.rejected, rejected=ids.chosen, prompt=ids.prompt)
+        return replace(self, chosen=self.rejected, rejected=self.chosen, token_ids=ids)
 
     @property
     def name(self) -> str:

@@ -117,7 +117,13 @@ def test_bos_eos_and_pad_are_told_for_each_domain(tmp_path):
         ("pad_is_eos", "b", "r", False),
     }
     assert found.domains["b"].median_length == 4.5, "a pair that cannot be rendered has no length"
-    assert found.to_json()["tokenizer"] == {"bos": "<s>", "eos": "</s>", "pad": "</s>", "pad_is_eos": True}
+    assert found.to_json()["tokenizer"] == {
+        "bos": "<s>",
+        "eos": "</s>",
+        "pad": "</s>",
+        "pad_is_eos": True,
+        "sha256": "",
+    }
     text = render(found)
     assert "Tokenizer: BOS <s>, EOS </s>, pad </s> (the same as EOS)." in text
     assert "remark pad_is_eos: 2 (a 1, b 1)" in text

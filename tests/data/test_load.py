@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moreward.data.load import assert_no_leak, check_domains, domain_of_file, load_preferences, write_quarantine
+from moreward.data.split import linked_groups
 from moreward.errors import ConfigError, DataError
 from moreward.types import Preference
 
@@ -194,6 +195,18 @@ def test_tags_say_how_sharegpt_rows_spell_keys_and_roles(tmp_path):
     )
     assert second.chosen == "it said", "rows of other layouts stay as they are"
     assert [q.reason for q in load_preferences(path, max_bad_share=1).quarantine] == ["bad_role"]
+
+
+def test_token_ids_are_told_apart_paired_and_grouped_like_texts(tmp_path):
+    rows = [{"chosen_ids": [1, 2, i], "rejected_ids": [1, 2, 9], "prompt_ids": [1, 2]} for i in (3, 4, 3)]
+    rows += [{"chosen_ids": [1, 2, 9], "rejected_ids": [1, 2, 3], "prompt_ids": [1, 2]}]
+    rows += [{"chosen_ids": [5], "rejected_ids": [6]}, {"chosen_ids": [7], "rejected_ids": [6]}]
+    path = write(tmp_path / "x.jsonl", rows)
+    loaded = load_preferences(path, allow_token_ids=True)
+    assert (len(loaded.preferences), loaded.duplicates, len(loaded.contradictions)) == (5, 1, 1)
+    assert [len(set(linked_groups(loaded.preferences)[i:])) for i in (0, 3)] == [3, 2]
+    with pytest.raises(DataError, match=r"6 of 6 rows are bad.*\n.*data\.tokenizer_sha256.*data check PATH --backbone"):
+        load_preferences(path)
 
 
 # Domains

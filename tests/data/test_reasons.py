@@ -34,8 +34,10 @@ def reasons_in(tree: ast.AST) -> Iterator[str]:
                 yield from texts(node.args[REASON_AT[name]])
             if name == "append" and ast.unparse(node.func) == "self._noted.append":
                 yield from texts(node.args[0].elts[0])
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("code", "reason"):
-            yield from texts(node.value.body if isinstance(node.value, ast.IfExp) else node.value)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("code", "reason", "(reason, detail)"):
+            value = node.value.elts[0] if isinstance(node.value, ast.Tuple) else node.value
+            choices = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
+            yield from (text for choice in choices for text in texts(choice))
         elif isinstance(node, ast.FunctionDef) and node.name == "_fate":
             yield from (t for r in ast.walk(node) if isinstance(r, ast.Return) for t in texts(r.value))
 

@@ -32,7 +32,8 @@ def test_no_group_stands_on_two_sides_and_nothing_is_lost(keys, seed):
     preferences = rows(keys)
     sides = split_by_group(preferences, FRACTIONS, seed)
     assert sorted((p for side in sides.values() for p in side), key=lambda p: int(p.id)) == preferences
-    groups = [{p.prompt_group for p in side} for side in sides.values()]
+    label_of = {p.id: label for p, label in zip(preferences, linked_groups(preferences), strict=True)}
+    groups = [{label_of[p.id] for p in side} for side in sides.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))
 
 

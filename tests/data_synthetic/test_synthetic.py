@@ -179,7 +179,7 @@ def test_any_split_has_the_numbers_asked_for_and_shares_no_prompt(
         assert Counter(pair.domain for pair in pairs) == Counter(dict.fromkeys(domains, size))
         flips = Counter(pair.domain for pair in pairs if pair.meta["flipped"])
         assert all(flips[domain] == (round(noise * size) if name == "train" else 0) for domain in domains)
-    for field in ("prompt_group", "prompt"):
+    for field in ("group", "prompt"):
         groups = [{getattr(pair, field) for pair in pairs} for pairs in splits.values()]
         assert sum(map(len, groups)) == len(set().union(*groups))
 

@@ -27,12 +27,13 @@ from torch import nn
 import moreward
 from moreward.checkpoint import verify_folder
 from moreward.config import resolve
-from moreward.data.batches import side
+from moreward.data.batches import side, tokenizer_sha256
 from moreward.errors import BackboneError, ConfigError, DataError, NonFiniteError, RunError
+from moreward.nn.backbone import Backbone
 from moreward.nn.experts import RewardHead
 from moreward.scoring import load
 from moreward.train.loop import has_bf16
-from moreward.train.runner import Pairs, read_pairs, train, train_on
+from moreward.train.runner import Pairs, make_encoder, read_pairs, train, train_on
 from moreward.train.track import Silent
 from moreward.types import Preference
 from trained import card, digests, given, metrics, trained, weights, write_pairs
@@ -298,6 +299,31 @@ def test_a_held_out_domain_that_is_not_trained_is_refused(
     val = write_pairs(tmp_path / "val.jsonl", [replace(pairs[0], prompt="New.", domain="cod")])
     with pytest.raises(DataError, match=r"Unknown domain cod\. Known: long, short\."):
         train(given("arliss", tiny_backbone("bert"), data, tmp_path / "run", f"data.val={val}"))
+
+
+def test_token_ids_train_only_with_the_tokenizer_that_is_declared(
+    tiny_backbone: Tiny, data: Path, pairs: Sequence[Preference], tmp_path: Path
+) -> None:
+    bert = tiny_backbone("bert")
+    encoder = make_encoder(resolve(given("arliss", bert, data, tmp_path / "unused")), Backbone.load(str(bert)))
+    rows = []
+    for p in pairs:
+        chosen, rejected = encoder.pair(p)
+        ids = {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids, "prompt_ids": chosen.prompt_ids}
+        rows.append({**ids, "domain": p.domain, "group": p.prompt})
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    declared = f"data.tokenizer_sha256={tokenizer_sha256(encoder.tokenizer)}"
+    words = ("data.val_fraction=0.25", "train.max_steps=2")
+    made = train(given("arliss", bert, ids, tmp_path / "ids", declared, *words))
+    assert sum(card(made)["data"]["train_pairs"].values()) == 32
+    assert first_loss(made) == pytest.approx(math.log(2), abs=0.05)
+    assert card(made)["golden"] == []
+    load(made).score([("A prompt.", "An answer.")])
+    with pytest.raises(DataError, match=r"data\.tokenizer_sha256 declares the tokenizer"):
+        train(given("arliss", bert, ids, tmp_path / "undeclared", *words))
+    with pytest.raises(BackboneError, match=r"data\.tokenizer_sha256: .* is declared, but the tokenizer of backbone"):
+        train(given("arliss", tiny_backbone("roberta"), ids, tmp_path / "other", declared, *words))
 
 
 class Told(Silent):

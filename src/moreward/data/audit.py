@@ -47,6 +47,7 @@ class TokenizerMarks:
     bos: str
     eos: str
     pad: str
+    sha256: str = ""
 
     @property
     def pad_is_eos(self) -> bool:
@@ -250,7 +251,8 @@ def render(audit: Audit, *, width: int = 120) -> str:
     if marks := audit.tokenizer:
         words = [f"{name} {token or 'none'}" for name, token in (("BOS", marks.bos), ("EOS", marks.eos))]
         words.append(f"pad {marks.pad or 'none'}{' (the same as EOS)' if marks.pad_is_eos else ''}")
-        console.print(f"Tokenizer: {', '.join(words)}.", markup=False)
+        words += [f"SHA-256 {marks.sha256}"] if marks.sha256 else []
+        console.print(f"Tokenizer: {', '.join(words)}.", markup=False, soft_wrap=True)
     for problem in audit.problems:
         console.print(f"\nERROR {problem}", markup=False, soft_wrap=True)
     for line in _finding_lines(audit.findings):

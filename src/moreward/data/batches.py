@@ -5,6 +5,7 @@ N conversations, B pairs (N = 2B, chosen first), P distinct prompts, T tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -96,6 +97,8 @@ class Encoder:
         return self._cut_pair(prompt, response)
 
     def pair(self, preference: Preference) -> tuple[Encoded, Encoded]:
+        if ids := preference.token_ids:
+            return self._given(ids.chosen, ids.prompt), self._given(ids.rejected, ids.prompt)
         return self.conversation(side(preference, "chosen")), self.conversation(side(preference, "rejected"))
 
     def measure(self, preference: Preference) -> PairLengths:
@@ -121,7 +124,10 @@ class Encoder:
         """The tokens that the audit speaks of."""
         t = self.tokenizer
         return TokenizerMarks(
-            bos=t.bos_token or t.cls_token or "", eos=t.eos_token or t.sep_token or "", pad=t.pad_token or ""
+            bos=t.bos_token or t.cls_token or "",
+            eos=t.eos_token or t.sep_token or "",
+            pad=t.pad_token or "",
+            sha256=tokenizer_sha256(t),
         )
 
     def _is_ended(self, encoded: Encoded) -> bool:
@@ -180,6 +186,13 @@ class Encoder:
         prompt_ids = [*prefix, *prompt[-room:]] or suffix or [self.pad_id]
         return Encoded(tuple(ids), tuple(prompt_ids), dropped)
 
+    def _given(self, ids: tuple[int, ...], prompt: tuple[int, ...]) -> Encoded:
+        """Token ids as they came, cut from the start like any others."""
+        if (largest := max(*ids, *prompt)) >= len(self.tokenizer):
+            raise DataError(f"token id {largest} is none of the {len(self.tokenizer)} of the tokenizer")
+        dropped = max(0, len(ids) - self.max_length)
+        return Encoded(ids[dropped:], prompt[-self.max_length :] or tuple(self._suffix) or (self.pad_id,), dropped)
+
     def _cut_pair(self, prompt: list[int], response: list[int]) -> Encoded:
         room = self.max_length - len(self._prefix) - len(self._middle) - len(self._suffix)
         cut_response = max(0, len(response) - room)
@@ -223,8 +236,15 @@ class Encoder:
         return self._to_hide.sub(placeholder, content)
 
 
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """A hash of which token each id means, the same however the tokenizer is stored."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
 def side(preference: Preference, which: str) -> Conversation:
     """The chosen or the rejected half of a pair as a conversation."""
+    if preference.token_ids is not None:
+        raise DataError(f"{preference.name}: token ids are for training only; a reward is given to texts")
     return Conversation(
         prompt=preference.prompt,
         response=preference.chosen if which == "chosen" else preference.rejected,
@@ -261,7 +281,7 @@ def encode_pairs(
                 chosen, rejected = encoder.pair(preference)
                 reason, detail = _fault(chosen, rejected, on_long)
             except DataError as error:
-                reason, detail = "bad_template", str(error)
+                reason, detail = "bad_template" if preference.token_ids is None else "bad_token_ids", str(error)
             if reason:
                 result.refused.append(preference)
                 result.quarantine.append(_refused(preference, reason, place + detail))

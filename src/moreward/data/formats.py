@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from moreward.errors import ConfigError, DataError
-from moreward.types import NO_DOMAIN, Message, Preference, Text
+from moreward.types import NO_DOMAIN, Message, Preference, Text, TokenIds
 
 Row: TypeAlias = Mapping[str, Any]
 Turns: TypeAlias = tuple[Message, ...]
@@ -49,6 +49,7 @@ class Judged:
     num_ties: int = 0
     group: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: TokenIds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,12 +288,37 @@ def _transcript_turns(text: str, name: str) -> Turns:
     return tuple(speakers[who](said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True))
 
 
-def pretokenized(row: Row) -> Judged:
-    raise RowError(
-        "pretokenized",
-        "",
-        "token ids without a declared tokenizer cannot be trusted; give the texts (chosen, rejected)",
-    )
+UNDECLARED = (
+    "token ids are for training, and only where data.tokenizer_sha256 declares the tokenizer that made them (`moreward "
+    "data check PATH --backbone DIR` prints the hash of a backbone's); or give the texts (chosen, rejected)"
+)
+
+
+def _pretokenized(suffix: str) -> Callable[[Row], Judged]:
+    """TRL rows that are tokens already: whole conversations, and the prompt's tokens if they are there."""
+
+    def read(row: Row) -> Judged:
+        chosen, rejected = (
+            _ids(required(row, f"{side}{suffix}"), f"{side}{suffix}") for side in ("chosen", "rejected")
+        )
+        prompt = row.get(f"prompt{suffix}")
+        ids = TokenIds(
+            chosen=chosen, rejected=rejected, prompt=() if prompt is None else _ids(prompt, f"prompt{suffix}")
+        )
+        for name, given in (("chosen", chosen), ("rejected", rejected)):
+            if not given:
+                raise RowError(f"empty_{name}", f"{name}{suffix}", "has no tokens")
+        if chosen == rejected:
+            raise RowError("identical", f"rejected{suffix}", "is the same as chosen")
+        return Judged("", (("", ""),), token_ids=ids)
+
+    return read
+
+
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+        raise RowError("wrong_type", name, f"expected a list of token ids, got {_short(value)}")
+    return tuple(value)
 
 
 def alpaca(row: Row) -> Judged:
@@ -450,8 +476,15 @@ SHAPES: Mapping[str, Shape] = {
     "ms_swift": Shape(_columns("messages rejected_response"), swift_response),
     "ms_swift_messages": Shape(_columns("messages rejected_messages"), swift_messages),
     "nemo": Shape(_columns("context completions"), nemo),
-    "pretokenized": Shape(_columns("chosen_ids rejected_ids"), pretokenized),
-    "pretokenized_legacy": Shape(_columns("chosen_input_ids rejected_input_ids"), pretokenized),
+    "pretokenized": Shape(
+        _columns("chosen_ids rejected_ids"), _pretokenized("_ids"), often=_columns("prompt_ids"), has_prompt=False
+    ),
+    "pretokenized_legacy": Shape(
+        _columns("chosen_input_ids rejected_input_ids"),
+        _pretokenized("_input_ids"),
+        often=_columns("prompt_input_ids"),
+        has_prompt=False,
+    ),
 }
 
 
@@ -528,6 +561,7 @@ def convert_row(
     domain: str = "",
     source: str = "",
     allow_empty_prompt: bool = False,
+    allow_token_ids: bool = False,
 ) -> Converted:
     """`convert` with the number of ties. `domain` is for rows that name none; `source` is `file:line`."""
     row = _renamed(row, fields)
@@ -535,9 +569,11 @@ def convert_row(
     if media := [name for name in MEDIA_COLUMNS if row.get(name)]:
         raise RowError("unsupported_content", media[0], "only text can be read")
     judged = kind.read(row)
+    if judged.token_ids is not None and not allow_token_ids:
+        raise RowError("pretokenized", "", UNDECLARED)
     if kind.has_prompt and not allow_empty_prompt and _is_blank(judged.prompt):
         raise RowError("empty_prompt", "prompt", "is empty; empty prompts need allow_empty_prompt")
-    for chosen, rejected in judged.pairs:
+    for chosen, rejected in judged.pairs if judged.token_ids is None else ():
         _check_pair(chosen, rejected)
     own = "" if kind.domain else optional_text(row, "domain")
     domain = own or domain or kind.domain or NO_DOMAIN
@@ -589,6 +625,7 @@ def _preferences(row: Row, judged: Judged, *, domain: str, source: str) -> list[
             tools=tools,
             chat_template_kwargs=kwargs,
             meta=meta,
+            token_ids=judged.token_ids,
         )
         for i, (chosen, rejected) in enumerate(judged.pairs)
     ]

@@ -101,6 +101,7 @@ class _Rules:
     input_template: str
     tags: Mapping[str, str]
     allow_empty_prompt: bool
+    allow_token_ids: bool
 
     def convert(self, raw: RawRow) -> Converted:
         converted = convert_row(
@@ -110,6 +111,7 @@ class _Rules:
             domain=self.named(raw.row) or self.of_file(raw.file),
             source=f"{raw.file}:{raw.line}",
             allow_empty_prompt=self.allow_empty_prompt,
+            allow_token_ids=self.allow_token_ids,
         )
         return replace(converted, preferences=[self.framed(p) for p in converted.preferences])
 
@@ -205,8 +207,7 @@ class _Intake:
             self.num_duplicates += 1
             return False
         self.first_with[key] = preference
-        swapped = replace(preference, chosen=preference.rejected, rejected=preference.chosen)
-        opposite = self.first_with.get(_key(swapped))
+        opposite = self.first_with.get(_key(preference.swapped()))
         if opposite is not None:
             self.contradictions.append((opposite, preference))
         return True
@@ -247,6 +248,7 @@ def load_preferences(
     max_bad_share: float = 0.01,
     contradiction_weight: float = 1.0,
     allow_empty_prompt: bool = False,
+    allow_token_ids: bool = False,
     use_margin: bool = True,
     strict: bool = True,
 ) -> Loaded:
@@ -264,6 +266,7 @@ def load_preferences(
         max_bad_share: the share of rows that may be quarantined; see `reasons.NOT_BAD` for what does not count.
         contradiction_weight: the weight of both pairs of a contradiction within one domain; all others weigh 1.
         allow_empty_prompt: keep rows whose prompt is there but blank.
+        allow_token_ids: keep rows that are tokens already; whoever asks for them has checked the tokenizer.
         use_margin: keep margins, and refuse data in which only some rows have one.
         strict: raise what makes the data unfit as a whole; otherwise it stands in `Loaded.problems`.
 
@@ -282,6 +285,7 @@ def load_preferences(
         input_template=input_template,
         tags=tags or {},
         allow_empty_prompt=allow_empty_prompt,
+        allow_token_ids=allow_token_ids,
     )
     found = find_sources(patterns)
     empty: list[Path] = []
@@ -346,7 +350,8 @@ def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:
 
 
 def _key(preference: Preference) -> str:
-    beside = json.dumps([preference.tools, preference.chat_template_kwargs], default=dict, sort_keys=True)
+    ids = preference.token_ids and asdict(preference.token_ids)
+    beside = json.dumps([preference.tools, preference.chat_template_kwargs, ids], default=dict, sort_keys=True)
     return text_key(preference.prompt, preference.chosen, preference.rejected, beside)
 
 

@@ -34,6 +34,7 @@ FAULTS: tuple[str, ...] = (
     "duplicate_in_other_domain",
     # as tokens
     "bad_template",
+    "bad_token_ids",
     "too_long",
     "identical_after_truncation",
 )

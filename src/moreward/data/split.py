@@ -77,6 +77,9 @@ def not_held_out(preferences: Sequence[Preference], held_out: Sequence[Preferenc
 
 
 def _link_keys(preference: Preference) -> list[str]:
+    if ids := preference.token_ids:
+        known = ids.prompt or (min(ids.chosen, ids.rejected), max(ids.chosen, ids.rejected))
+        return [*([f"group/{preference.group}"] if preference.group else []), f"tokens/{known}"]
     prompt = preference.prompt
     if len(prompt) == 1 and not isinstance(prompt, str) and prompt[0].get("role") == "user":
         prompt = str(prompt[0].get("content") or "")  # one user turn is the same prompt as its bare text

@@ -86,8 +86,9 @@ def extend(
         reports = work.fit(stages)
         work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
-    new_val = [p for p in pairs.val if p.domain == domain]
+    new_val = [p for p in pairs.val if p.domain == domain and p.token_ids is None]
     old_val = [] if old_data and not old.data.val else old_pairs.val  # without files of their own, they were trained on
+    old_val = [p for p in old_val if p.token_ids is None]
     return Extension(Path(config.out), parent, domain, old_val, new_val, difference, num_golden)
 
 
@@ -127,6 +128,7 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
         domain_map={"*": domain},
         input_template=old.data.input_template,
         tags=old.data.tags,
+        allow_token_ids=bool(old.data.tokenizer_sha256),
         max_bad_share=old.data.max_bad_share,
         contradiction_weight=old.data.contradiction_weight,
         shape=addition["shape"],

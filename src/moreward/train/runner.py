@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moreward.checkpoint import CheckpointStore
 from moreward.config import RunConfig, deviations, resolve
-from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side
+from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side, tokenizer_sha256
 from moreward.data.books import account
 from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
 from moreward.data.split import not_held_out, split_by_group
@@ -69,9 +69,10 @@ class Pairs:
 
 
 def _learned(preference: Preference) -> list[Any]:
-    """What of a pair decides what is learned. A weight of 1 is left out, so that older runs keep their hash."""
+    """What of a pair decides what is learned. Without what is rare, so that older runs keep their hash."""
     p = preference
-    return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *([p.weight] if p.weight != 1 else [])]
+    rare = [*([p.weight] if p.weight != 1 else []), *([asdict(p.token_ids)] if p.token_ids else [])]
+    return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *rare]
 
 
 def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
@@ -121,6 +122,7 @@ def read_pairs(config: RunConfig) -> Pairs:
         "domain_map": told.domain_map,
         "input_template": told.input_template,
         "tags": told.tags,
+        "allow_token_ids": bool(told.tokenizer_sha256),
         "max_bad_share": told.max_bad_share,
         "contradiction_weight": told.contradiction_weight,
         "use_margin": config.train.use_margin,
@@ -208,7 +210,14 @@ def make_encoder(config: RunConfig, backbone: Backbone) -> Encoder:
         raise BackboneError(
             f"data.max_length: {config.data.max_length} tokens, but backbone {config.backbone!r} has {limit} positions"
         )
-    return Encoder(load_tokenizer(config.backbone), config.data.max_length)
+    tokenizer = load_tokenizer(config.backbone)
+    declared, found = config.data.tokenizer_sha256, tokenizer_sha256(tokenizer)
+    if declared and declared != found:
+        raise BackboneError(
+            f"data.tokenizer_sha256: {declared} is declared, but the tokenizer of backbone {config.backbone!r} has "
+            f"{found}, so token ids would mean other tokens. Take the backbone that they were made for, or the texts."
+        )
+    return Encoder(tokenizer, config.data.max_length)
 
 
 class Work:
@@ -370,9 +379,9 @@ def feature_store(name: str, backbone: Backbone) -> FeatureStore:
 
 
 def golden_items(preferences: Sequence[Preference]) -> list[Conversation]:
-    """Pairs of every domain in turn, both sides; without tools, which are not stored with them."""
+    """Pairs of every domain in turn that have texts, both sides; without tools, which are not stored with them."""
     by_domain: dict[str, list[Preference]] = {}
-    for preference in sorted(preferences, key=lambda p: (p.domain, p.name)):
+    for preference in sorted((p for p in preferences if p.token_ids is None), key=lambda p: (p.domain, p.name)):
         by_domain.setdefault(preference.domain, []).append(preference)
     in_turn = [p for row in zip_longest(*by_domain.values()) for p in row if p is not None]
     chosen = in_turn[: max(NUM_GOLDEN // 2, len(by_domain))]
