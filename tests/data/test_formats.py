@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moreward.data.formats import SHAPES, RowError, convert, convert_row, detect
+from moreward.data.formats import convert, convert_row, detect
+from moreward.data.shapes import SHAPES
+from moreward.data.values import RowError
 from moreward.errors import ConfigError
 from moreward.types import TokenIds
 

@@ -31,10 +31,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from moreward.data.benchmarks import BENCHMARKS, oasst
-from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
+from moreward.data.formats import Converted, convert_row, find_shape
 from moreward.data.reasons import NOT_BAD
-from moreward.data.sources import READERS, BadRow, Item, RawRow, files_of, find_sources, read_rows, retagged
+from moreward.data.rows import BadRow, Item, RawRow
+from moreward.data.shapes import SHAPES, Shape
+from moreward.data.sources import READERS, files_of, find_sources, read_rows, retagged
 from moreward.data.split import linked_groups
+from moreward.data.values import Row, RowError, optional_text
 from moreward.errors import ConfigError, DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
 
