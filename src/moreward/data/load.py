@@ -106,6 +106,10 @@ class _Rules:
     allow_empty_prompt: bool
     allow_token_ids: bool
 
+    def __post_init__(self) -> None:
+        if self.input_template and self.input_template.count("{}") != 1:
+            raise ConfigError(f"input_template: must hold {{}} exactly once (got {self.input_template!r})")
+
     def convert(self, raw: RawRow) -> Converted:
         converted = convert_row(
             retagged(raw.row, self.tags) if self.tags else raw.row,
@@ -267,18 +271,16 @@ def load_preferences(
         input_template: text with one `{}`, where prompts that are plain text are put (conversations stay as they are).
         tags: how sharegpt rows spell the keys and roles of turns, under LLaMA-Factory's names (`role_tag`, ...).
         max_bad_share: the share of rows that may be quarantined; see `reasons.NOT_BAD` for what does not count.
-        contradiction_weight: the weight of both pairs of a contradiction within one domain; all others weigh 1.
+        contradiction_weight: of both pairs of a contradiction within one domain; all others weigh 1.
         allow_empty_prompt: keep rows whose prompt is there but blank.
         allow_token_ids: keep rows that are tokens already; whoever asks for them has checked the tokenizer.
         use_margin: keep margins, and refuse data in which only some rows have one.
-        strict: raise what makes the data unfit as a whole; otherwise it stands in `Loaded.problems`.
+        strict: raise what makes the data unfit as a whole (a file without rows, too many bad rows, a domain of which
+            no row is left, a margin in some rows only); otherwise it stands in `Loaded.problems`.
 
     Raises:
-        DataError: nothing to read, or a file that ends early. If strict: a file without rows, too many bad rows,
-            a domain of which no row is left, or a margin in some rows only.
+        DataError: nothing to read, or a file that ends early; if strict, also what else would stand in `problems`.
     """
-    if input_template and input_template.count("{}") != 1:
-        raise ConfigError(f"input_template: must hold {{}} exactly once (got {input_template!r})")
     rules = _Rules(
         shape=find_shape(shape, FORMATS) if shape and shape != OASST else None,
         fields=fields,
@@ -290,30 +292,25 @@ def load_preferences(
         allow_empty_prompt=allow_empty_prompt,
         allow_token_ids=allow_token_ids,
     )
-    found = find_sources(patterns)
-    empty: list[Path] = []
+    found, intake, empty = find_sources(patterns), _Intake(rules), list[Path]()
     items = _items(found.sources, empty)
-    intake = _Intake(rules)
     loaded = _load_oasst(list(items), domain or OASST) if shape == OASST else intake.take_all(items)
-    if contradiction_weight != 1:
-        loaded = replace(loaded, preferences=_weighted(loaded, contradiction_weight))
+    loaded = _weighted(loaded, contradiction_weight)
     if not use_margin:
         loaded = replace(loaded, preferences=[replace(p, margin=None) for p in loaded.preferences])
-    problems = [DataError(f"The data has no rows in {', '.join(map(str, empty))}.")] if empty else []
-    if shape != OASST:
-        problems += _problems(loaded, intake, max_bad_share)
+    problems = [*_no_rows(empty), *(_problems(loaded, intake, max_bad_share) if shape != OASST else [])]
     if problems and strict:
         raise problems[0]
-    skipped = [str(path) for path in found.skipped]
-    return replace(loaded, problems=[str(problem) for problem in problems], skipped_files=skipped)
+    return replace(loaded, problems=list(map(str, problems)), skipped_files=list(map(str, found.skipped)))
 
 
-def _weighted(loaded: Loaded, weight: float) -> list[Preference]:
-    """The preferences, both of each contradiction within a domain with that weight. That two domains judge a pair
+def _weighted(loaded: Loaded, weight: float) -> Loaded:
+    """The same, both of each contradiction within a domain with that weight. That two domains judge a pair
     differently is no fault of either: it is what a mixture is for."""
     within = [both for both in loaded.contradictions if both[0].domain == both[1].domain]
     opposed = {id(p) for both in within for p in both}
-    return [replace(p, weight=weight) if id(p) in opposed else p for p in loaded.preferences]
+    weighted = [replace(p, weight=weight) if id(p) in opposed else p for p in loaded.preferences]
+    return replace(loaded, preferences=weighted)
 
 
 def _items(sources: Iterable[Path], empty: list[Path]) -> Iterator[Item]:
@@ -324,6 +321,10 @@ def _items(sources: Iterable[Path], empty: list[Path]) -> Iterator[Item]:
             seen.add(item.file)
             yield item
         empty += [file for file in files_of(path) if str(file) not in seen]
+
+
+def _no_rows(empty: Sequence[Path]) -> list[DataError]:
+    return [DataError(f"The data has no rows in {', '.join(map(str, empty))}.")] if empty else []
 
 
 def _problems(loaded: Loaded, intake: _Intake, max_bad_share: float) -> Iterator[DataError]:
