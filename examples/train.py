@@ -10,6 +10,7 @@ from pathlib import Path
 
 import moreward
 from moreward.data.load import load_preferences
+from moreward.data.split import linked_groups
 from moreward.evals.compare import compare
 from moreward.evals.run import evaluate_run
 from moreward.report import render_evaluation
@@ -41,7 +42,7 @@ def test_against(mixture: Path, single: Path, data: list[str]) -> str:
     kept = results["mixture"].preferences
     comparison = compare(
         {name: result.correct for name, result in results.items()},
-        [p.prompt_group for p in kept],
+        linked_groups(kept),
         [p.domain for p in kept],
         baseline="single",
     )

@@ -17,8 +17,10 @@ import yaml
 
 import moreward
 from moreward import cli
+from moreward.data.batches import tokenizer_sha256
 from moreward.data.synthetic import DOMAINS
 from moreward.evals.run import evaluate_run
+from moreward.nn.backbone import load_tokenizer
 from moreward.registry import recipe_names
 from moreward.scoring import load
 from moreward.types import Preference
@@ -131,6 +133,8 @@ def test_the_check_as_json_parses_and_counts(data: Path, tiny_backbone: Tiny, ty
     told = json.loads(said.out)
     assert json.dumps(told).count("too_long") + json.dumps(told).count("truncated") > 0
     assert {"long", "short"} <= set(told["domains"])
+    marks = {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]", "pad_is_eos": False}
+    assert told["tokenizer"] == marks | {"sha256": tokenizer_sha256(load_tokenizer(str(tiny_backbone("bert"))))}
 
 
 def test_data_that_is_not_there_is_refused(tmp_path: Path, typed: Type) -> None:

@@ -66,6 +66,15 @@ def test_unknown_keys_in_several_places_are_told_at_once_with_the_nearest_name()
         ({"train": {"epochs": 1.5}}, "train.epochs: input should be a valid integer"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction: input should be less than 1 (got 1)"),
         ({"data": {"on_long": "cut"}}, "data.on_long: input should be 'drop' or 'truncate' (got 'cut')"),
+        (
+            {"data": {"input_template": "User: "}},
+            "data.input_template: must hold {} exactly once, where the prompt goes (got 'User: ')",
+        ),
+        (
+            {"data": {"tags": {"user": "me"}}},
+            "data.tags: may have the keys role_tag, content_tag, user_tag, assistant_tag, observation_tag, "
+            "function_tag, system_tag (got {'user': 'me'})",
+        ),
         ({"data": {"train": 3}}, "data.train: input should be a valid tuple (got 3)"),
         ({"data": None}, "data: input should be a valid dictionary"),
         ({"tune": "some"}, "tune: input should be 'full', 'lora' or 'frozen' (got 'some')"),

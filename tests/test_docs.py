@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 
 from moreward.cli import app
 from moreward.config import RunConfig, merge, parse_assignments, resolve
-from moreward.data.formats import SHAPES, convert, detect
+from moreward.data.formats import convert, detect
+from moreward.data.shapes import SHAPES
 from moreward.errors import ConfigError
 from moreward.registry import find_recipe, recipe_names
 from moreward.scoring import load

@@ -96,6 +96,7 @@ def evaluate(
     dtype_check: Annotated[bool, typer.Option("--dtype-check", help="Say what bf16 costs instead.")] = False,
 ) -> None:
     """Say per domain how good a run is, with intervals, and whether it beats a single model."""
+    from moreward.data.split import linked_groups
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import render_evaluation
 
@@ -113,7 +114,7 @@ def evaluate(
     comparison = None
     if baseline:
         _check_same_pairs(results)
-        groups, domains = [p.prompt_group for p in result.preferences], [p.domain for p in result.preferences]
+        groups, domains = linked_groups(result.preferences), [p.domain for p in result.preferences]
         correct = {name: r.correct for name, r in results.items()}
         comparison = compare_systems(correct, groups, domains, baseline=base)
     if as_json:
@@ -140,6 +141,7 @@ def compare(
     device: Device = "auto",
 ) -> None:
     """Put several runs side by side on the same pairs, with paired tests."""
+    from moreward.data.split import linked_groups
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import markdown_systems, render_systems
 
@@ -153,7 +155,7 @@ def compare(
     }
     _check_same_pairs(results)
     first = next(iter(results.values()))
-    groups, domains = [p.prompt_group for p in first.preferences], [p.domain for p in first.preferences]
+    groups, domains = linked_groups(first.preferences), [p.domain for p in first.preferences]
     correct = {name: r.correct for name, r in results.items()}
     wanted = Path(baseline) if baseline else runs[0]
     base = next((name for name, path in named.items() if path == wanted or name == wanted.name), None)
@@ -301,7 +303,7 @@ def data_check(
 
         encoder = Encoder(load_tokenizer(backbone), max_length)
         with encoder.reading_ahead(loaded.preferences):
-            found = audit(loaded, measure=encoder.measure)
+            found = audit(loaded, measure=encoder.measure, marks=encoder.marks)
     typer.echo(json.dumps(found.to_json(), indent=1) if as_json else render(found))
     raise typer.Exit(1 if found.has_errors else 0)
 
@@ -352,6 +354,8 @@ def _load_pairs(
         domain=told["domain"],
         domain_key=domain_key or told["domain_key"],
         domain_map=told["domain_map"],
+        input_template=told.get("input_template", ""),
+        tags=told.get("tags"),
         max_bad_share=told["max_bad_share"],
         use_margin=False,
     )

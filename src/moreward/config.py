@@ -13,6 +13,9 @@ from moreward.errors import ConfigError
 from moreward.registry import find_recipe, near
 
 Paths = tuple[str, ...]
+TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
+WHOLE = ("domain_map", "tags")
+"""Settings that are mappings, and so have no dotted keys of their own."""
 
 
 class _Section(BaseModel):
@@ -29,7 +32,11 @@ class DataConfig(_Section):
     domain: str | None = Field(None, description="one domain for every row")
     domain_key: str | None = Field(None, description="the column that names the domain")
     domain_map: dict[str, str] | None = Field(None, description="file-name pattern or raw value -> domain")
+    input_template: str = Field("", description="put around prompts that are plain text, at {}: 'User: {} Assistant: '")
+    tags: dict[str, str] | None = Field(None, description="how sharegpt rows spell keys and roles, as LLaMA-Factory's")
+    tokenizer_sha256: str = Field("", description="of the tokenizer that made the token ids in the rows")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="stop when more than this share of rows is bad")
+    contradiction_weight: float = Field(1.0, ge=0, le=1, description="weight in the loss of both pairs that contradict")
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
     on_long: Literal["drop", "truncate"] = Field("drop", description="what to do with longer pairs; counted")
 
@@ -37,6 +44,20 @@ class DataConfig(_Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("input_template")
+    @classmethod
+    def _one_place(cls, value: str) -> str:
+        if value and value.count("{}") != 1:
+            raise ValueError("must hold {} exactly once, where the prompt goes")
+        return value
+
+    @field_validator("tags")
+    @classmethod
+    def _known_tags(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value and not set(value) <= set(TAGS):
+            raise ValueError(f"may have the keys {', '.join(TAGS)}")
+        return value
 
 
 class TrainConfig(_Section):
@@ -192,7 +213,8 @@ def _fault(model: type[BaseModel], error: Any, prefix: str) -> str:
         return f"{key}: unknown key.{near(loc[-1], _fields_at(model, loc[:-1]))}"
     if error["type"] == "missing":
         return f"{key}: is required"
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]} (got {error['input']!r})"
+    said = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {said[0].lower()}{said[1:]} (got {error['input']!r})"
 
 
 def _fields_at(model: type[BaseModel], loc: Sequence[str]) -> list[str]:
@@ -230,7 +252,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and (prefix or key in ("data", "train", "system")) and key != "domain_map":
+        if isinstance(value, dict) and (prefix or key in ("data", "train", "system")) and key not in WHOLE:
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value

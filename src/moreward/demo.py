@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moreward.config import resolve
+from moreward.data.split import linked_groups
 from moreward.data.synthetic import DOMAINS, generate_splits
 from moreward.errors import RunError
 from moreward.evals.compare import compare
@@ -76,7 +77,7 @@ def _write(path: Path, rows: Sequence[Preference]) -> str:
 def render(results: dict[str, Result]) -> str:
     """The mixture's table, tested against the single model on the same pairs."""
     mixture = results["mixture"]
-    groups, domains = [p.prompt_group for p in mixture.preferences], [p.domain for p in mixture.preferences]
+    groups, domains = linked_groups(mixture.preferences), [p.domain for p in mixture.preferences]
     comparison = compare({k: r.correct for k, r in results.items()}, groups, domains, baseline=SINGLE)
     return render_evaluation(mixture.evaluation, mixture.routing, comparison, name="mixture")
 

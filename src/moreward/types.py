@@ -34,11 +34,21 @@ def text_key(*texts: Text) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIds:
+    """A pair that came as tokens: both whole conversations, and the prompt where it is known."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    prompt: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
     """One judgement: to `prompt`, `chosen` was preferred over `rejected`.
 
     `group` ties rows that must not stand on two sides of a split (the same prompt, document, debate);
-    empty means "the prompt itself". `source` is `file:line`. `margin` is how much better, if known.
+    empty means "the prompt itself". `source` is `file:line`. `margin` is how much better, if known; `weight` what the
+    pair's loss is multiplied by. A pair that came as `token_ids` has no texts; it is for training only.
     """
 
     prompt: Text
@@ -47,20 +57,20 @@ class Preference:
     domain: str = NO_DOMAIN
     id: str = ""
     margin: float | None = None
+    weight: float = 1.0
     group: str = ""
     source: str = ""
     tools: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: TokenIds | None = None
 
-    @property
-    def prompt_group(self) -> str:
-        """What splits and clustered intervals go by. A row without a prompt is a group of its own."""
-        if self.group:
-            return self.group
-        if self.prompt:
-            return text_key(self.prompt)
-        return text_key(*sorted((self.chosen, self.rejected), key=text_key))
+    def swapped(self) -> Preference:
+        """The opposite judgement."""
+        ids = self.token_ids
+        if ids is not None:
+            ids = TokenIds(chosen=ids.rejected, rejected=ids.chosen, prompt=ids.prompt)
+        return replace(self, chosen=self.rejected, rejected=self.chosen, token_ids=ids)
 
     @property
     def name(self) -> str:
@@ -86,6 +96,7 @@ class Batch:
 
     A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
     conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
+    `weight_B` is None where every pair weighs 1.
     """
 
     ids_NT: Tensor
@@ -95,6 +106,7 @@ class Batch:
     prompt_of_N: Tensor
     domain_N: Tensor
     margin_B: Tensor | None = None
+    weight_B: Tensor | None = None
     is_pairs: bool = False
     names: tuple[str, ...] = ()
     truncated_N: Tensor | None = None
@@ -122,6 +134,7 @@ class Batch:
             prompt_of_N=self.prompt_of_N[index],
             domain_N=self.domain_N[index],
             margin_B=None,
+            weight_B=None,
             is_pairs=False,
             names=(),
             truncated_N=None,

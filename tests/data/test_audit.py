@@ -1,11 +1,13 @@
 """What `moreward data check` counts and says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from moreward.data.audit import PairLengths, audit, render
-from moreward.data.load import Loaded, load_preferences
+from moreward.data.audit import PairLengths, TokenizerMarks, audit, render
+from moreward.data.load import Loaded, Quarantined, load_preferences
+from moreward.data.reasons import MESSAGE_FATES
 from moreward.types import Preference
 
 MAX_TOKENS = 16
@@ -70,6 +72,12 @@ def test_only_unusable_rows_are_errors(tmp_path):
     assert audit(load(tmp_path / "x.jsonl", [row(0), row(1, domain=3)])).has_errors
 
 
+def test_messages_of_a_tree_that_stand_in_no_pair_are_no_errors():
+    unused = [Quarantined("trees.jsonl", i, "oasst", fate, "", "") for i, fate in enumerate(MESSAGE_FATES)]
+    pair = Preference(prompt="q", chosen="a", rejected="b")
+    assert not audit(Loaded([pair], unused, len(unused) + 2, 2)).has_errors
+
+
 def test_a_measure_adds_tokens_truncation_and_special_tokens(tmp_path):
     long = "w " * 20
     rows = [row(0), row(1, chosen=long), row(2, rejected="<eos>"), row(3, chosen="a " + long, rejected="b " + long)]
@@ -84,6 +92,47 @@ def test_a_measure_adds_tokens_truncation_and_special_tokens(tmp_path):
         ("identical_after_truncation", "4"),
         ("special_tokens", "3"),
     }
+
+
+MARKS = TokenizerMarks(bos="<s>", eos="</s>", pad="</s>")
+
+
+def test_bos_eos_and_pad_are_told_for_each_domain(tmp_path):
+    rows = [row(0, domain="a"), row(1, domain="a", chosen="<s> <s> yes"), row(2, domain="b", rejected="no end")]
+    rows += [row(3, domain="b", chosen="cannot be rendered")]
+
+    def marked(p):
+        if "cannot" in p.chosen:
+            return PairLengths(0, 0, False, False, False, refusal="template: no")
+        return replace(measure(p), doubled_bos="<s> <s>" in p.chosen, missing_eos="no end" in p.rejected)
+
+    found = audit(load(tmp_path / "x.jsonl", rows), measure=marked, marks=MARKS)
+    told = {name: (d.doubled_bos, d.missing_eos, d.bad_template) for name, d in found.domains.items()}
+    assert told == {"a": (1, 0, 0), "b": (0, 1, 1)}
+    assert {(f.reason, f.domain, f.place[-1], f.is_error) for f in found.findings} == {
+        ("doubled_bos", "a", "2", False),
+        ("missing_eos", "b", "3", False),
+        ("bad_template", "b", "4", True),
+        ("pad_is_eos", "a", "r", False),
+        ("pad_is_eos", "b", "r", False),
+    }
+    assert found.domains["b"].median_length == 4.5, "a pair that cannot be rendered has no length"
+    assert found.to_json()["tokenizer"] == {
+        "bos": "<s>",
+        "eos": "</s>",
+        "pad": "</s>",
+        "pad_is_eos": True,
+        "sha256": "",
+    }
+    text = render(found)
+    assert "Tokenizer: BOS <s>, EOS </s>, pad </s> (the same as EOS)." in text
+    assert "remark pad_is_eos: 2 (a 1, b 1)" in text
+    assert "ERROR bad_template: 1 (b 1)" in text
+
+
+def test_a_pad_of_its_own_is_no_finding(tmp_path):
+    marks = replace(MARKS, pad="<pad>")
+    assert audit(load(tmp_path / "x.jsonl", [row(0)]), measure=measure, marks=marks).findings == []
 
 
 def test_the_json_of_an_audit_is_json(tmp_path):

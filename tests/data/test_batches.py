@@ -20,10 +20,11 @@ from moreward.data.batches import (
     encode_pairs,
     pair_batch,
     side,
+    tokenizer_sha256,
 )
 from moreward.errors import DataError
 from moreward.nn.backbone import load_tokenizer
-from moreward.types import Conversation, Message, Preference
+from moreward.types import Conversation, Message, Preference, TokenIds
 from tiny import DECODERS, ENCODERS, KINDS
 
 PROMPT, RESPONSE = "What is the capital of France?", "The capital of France is Paris."
@@ -327,6 +328,85 @@ def test_the_audit_is_told_what_the_training_would_meet(make_encoder: MakeEncode
     assert encoder.measure(replace(sample()[0], prompt="a [SEP] b")).special_tokens
 
 
+SAID = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "doubled_bos", "missing_eos"),
+    [
+        ("{{ bos_token }}" + SAID + "{{ eos_token }}", False, False),
+        ("{{ bos_token }}" + SAID + "{{ eos_token }}\n", False, False),
+        ("{{ bos_token * 2 }}" + SAID + "{{ eos_token }}", True, False),
+        ("{{ bos_token }}" + SAID, False, True),
+        (SAID, False, True),
+    ],
+)
+def test_the_audit_is_told_of_a_doubled_bos_and_a_missing_eos(
+    template: str, doubled_bos: bool, missing_eos: bool, make_encoder: MakeEncoder
+) -> None:
+    tokenizer = copy.copy(make_encoder("llama").tokenizer)
+    tokenizer.chat_template = template
+    said, other = turns("Yes", first="assistant"), turns("No", first="assistant")
+    told = Encoder(tokenizer, 100).measure(Preference(prompt=turns("Hi"), chosen=said, rejected=other))
+    assert (told.doubled_bos, told.missing_eos, told.refusal) == (doubled_bos, missing_eos, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_text_has_one_bos_and_an_eos_for_every_tokenizer(kind: str, make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder(kind)
+    bos, eos = encoder.marks.bos, encoder.marks.eos
+    told = encoder.measure(Preference(prompt=PROMPT, chosen=f"{bos}{RESPONSE}", rejected=f"{RESPONSE}{eos}"))
+    assert (told.doubled_bos, told.missing_eos, told.special_tokens) == (False, False, True)
+    assert encoder.marks.pad_is_eos == (kind in ("gpt2", "llama"))
+
+
+def test_the_audit_is_told_what_the_chat_template_refuses(make_encoder: MakeEncoder) -> None:
+    tokenizer = copy.copy(make_encoder("qwen2").tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system turn, please') }}"
+    pair = Preference(prompt=turns("Hi"), chosen=turns("A", first="assistant"), rejected=turns("B", first="assistant"))
+    assert "no system turn, please" in Encoder(tokenizer, 100).measure(pair).refusal
+
+
+IDS = TokenIds(chosen=(5, 6, 7), rejected=(5, 6, 8), prompt=(5, 6))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_token_ids_go_into_a_batch_as_they_are(kind: str, make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder(kind)
+    pair = Preference(prompt="", chosen="", rejected="", token_ids=IDS)
+    batch = pair_batch(encode_pairs(encoder, [pair], ["default"], on_long="drop").pairs, encoder.pad_id)
+    assert batch.ids_NT.tolist() == [[5, 6, 7], [5, 6, 8]]
+    assert batch.prompt_ids_PT.tolist() == [[5, 6]]
+    unknown = replace(pair, token_ids=replace(IDS, prompt=()))
+    nothing = encoder.conversation(Conversation(prompt="", response="x")).prompt_ids
+    assert encoder.pair(unknown)[0].prompt_ids[-1:] == nothing[-1:], "a router has nothing to read, as with whole texts"
+
+
+def test_token_ids_are_cut_from_their_start_and_refused_beyond_the_vocabulary(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("bert", 40)
+    long = TokenIds(chosen=tuple(range(5, 65)), rejected=(5,), prompt=tuple(range(5, 60)))
+    chosen, rejected = encoder.pair(Preference(prompt="", chosen="", rejected="", token_ids=long))
+    assert (chosen.ids, chosen.num_dropped, rejected.num_dropped) == (tuple(range(25, 65)), 20, 0)
+    assert len(chosen.prompt_ids) == 40
+    pairs = [Preference(prompt="", chosen="", rejected="", token_ids=ids) for ids in (IDS, replace(IDS, chosen=(999,)))]
+    encoded = encode_pairs(encoder, pairs, ["default"], on_long="drop")
+    assert [(q.reason, q.detail) for q in encoded.quarantine] == [
+        ("bad_token_ids", f"token id 999 is none of the {len(encoder.tokenizer)} of the tokenizer")
+    ]
+
+
+def test_no_reward_is_given_to_token_ids() -> None:
+    with pytest.raises(DataError, match="token ids are for training only"):
+        side(Preference(prompt="", chosen="", rejected="", token_ids=IDS), "chosen")
+
+
+def test_the_hash_of_a_tokenizer_is_that_of_its_vocabulary(make_encoder: MakeEncoder, tmp_path: Path) -> None:
+    tokenizer = make_encoder("bert").tokenizer
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_sha256(load_tokenizer(str(tmp_path))) == tokenizer_sha256(tokenizer)
+    assert tokenizer_sha256(make_encoder("roberta").tokenizer) != tokenizer_sha256(tokenizer)
+
+
 def batch_pairs(encoder: Encoder, pairs: Sequence[Preference]) -> list[EncodedPair]:
     return encode_pairs(encoder, pairs, ("long", "short"), on_long="drop").pairs
 
@@ -363,6 +443,17 @@ def test_margins_travel_with_their_pairs_and_a_missing_one_is_zero(
     assert batch.margin_B is not None
     assert batch.margin_B.tolist() == [0.5, 0.0]
     assert batch.rows(torch.tensor([0])).margin_B is None
+
+
+def test_a_batch_holds_weights_only_where_a_pair_has_one(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("bert")
+    plain = Preference(prompt=PROMPT, chosen=RESPONSE, rejected="No.")
+    pairs = encode_pairs(encoder, [plain, replace(plain, weight=0.25)], ["default"], on_long="drop").pairs
+    assert pair_batch(pairs[:1], encoder.pad_id).weight_B is None
+    batch = pair_batch(pairs, encoder.pad_id)
+    assert batch.weight_B is not None
+    assert batch.weight_B.tolist() == [1.0, 0.25]
+    assert batch.rows(torch.tensor([0])).weight_B is None
 
 
 def test_conversations_make_a_batch_too_and_truncation_is_marked(make_encoder: MakeEncoder) -> None:

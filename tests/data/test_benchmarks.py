@@ -5,8 +5,9 @@ import json
 import pytest
 
 from moreward.data.benchmarks import BENCHMARKS, hellaswag, oasst
-from moreward.data.formats import RowError, convert
+from moreward.data.formats import convert
 from moreward.data.load import load_preferences
+from moreward.data.values import RowError
 
 HH = {
     "chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Tea?\n\nAssistant: Gladly.",

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moreward.data.formats import SHAPES, RowError, convert, convert_row, detect
+from moreward.data.formats import convert, convert_row, detect
+from moreward.data.shapes import SHAPES
+from moreward.data.values import RowError
 from moreward.errors import ConfigError
+from moreward.types import TokenIds
 
 
 def u(text):
@@ -202,6 +205,15 @@ def test_every_shape_is_detected_and_becomes_a_preference(name, row, prompt, cho
     assert (preference.prompt, preference.chosen, preference.rejected) == (prompt, chosen, rejected)
 
 
+@pytest.mark.parametrize("suffix", ["_ids", "_input_ids"])
+def test_token_ids_are_kept_where_they_are_asked_for(suffix):
+    row = {f"chosen{suffix}": [1, 2, 3], f"rejected{suffix}": [1, 2, 4], "domain": "d"}
+    [pair] = convert_row(row, allow_token_ids=True).preferences
+    assert (pair.token_ids, pair.domain) == (TokenIds(chosen=(1, 2, 3), rejected=(1, 2, 4)), "d")
+    [known] = convert_row({**row, f"prompt{suffix}": [1, 2]}, allow_token_ids=True).preferences
+    assert known.token_ids.prompt == (1, 2)
+
+
 def test_no_shape_lacks_a_sample():
     assert set(SHAPES) == {name for name, *_ in SAMPLES} | {"pretokenized", "pretokenized_legacy"}
 
@@ -328,6 +340,10 @@ REFUSALS = {
     "D6 text": (explicit(margin="1"), "bad_margin", "margin"),
     "ids": ({"chosen_ids": [1], "rejected_ids": [2]}, "pretokenized", ""),
     "old ids": ({"chosen_input_ids": [1], "rejected_input_ids": [2]}, "pretokenized", ""),
+    "ids of another kind": ({"chosen_ids": [1], "rejected_ids": ["2"]}, "wrong_type", "rejected_ids"),
+    "negative ids": ({"chosen_ids": [-1], "rejected_ids": [2]}, "wrong_type", "chosen_ids"),
+    "no ids": ({"chosen_ids": [], "rejected_ids": [2]}, "empty_chosen", "chosen_ids"),
+    "the same ids": ({"chosen_ids": [2], "rejected_ids": [2]}, "identical", "rejected_ids"),
     "images": (explicit(images=["x.png"]), "unsupported_content", "images"),
     "one completion": ({"context": list(HI), "completions": [{}]}, "too_few_responses", "completions"),
     "no rank": (

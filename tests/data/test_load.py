@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moreward.data.load import assert_no_leak, check_domains, domain_of_file, load_preferences, write_quarantine
+from moreward.data.split import linked_groups
 from moreward.errors import ConfigError, DataError
 from moreward.types import Preference
 
@@ -70,6 +72,23 @@ def test_planted_duplicates_and_contradictions_are_counted_exactly(tmp_path):
     assert loaded.quarantine[0].detail == f"same as {tmp_path / 'x.jsonl'}:1"
     first, second = loaded.contradictions[7]
     assert (first.prompt, first.chosen) == (second.prompt, second.rejected)
+
+
+def test_both_pairs_of_a_contradiction_weigh_what_the_setting_says_and_no_other(tmp_path):
+    rows = [*[row(i) for i in range(4)], row(1, chosen="bad 1", rejected="good 1"), row(1)]
+    path = write(tmp_path / "x.jsonl", rows)
+    plain, weighted = load_preferences(path), load_preferences(path, contradiction_weight=0.25)
+    assert [p.weight for p in plain.preferences] == [1, 1, 1, 1, 1]
+    assert [p.weight for p in weighted.preferences] == [1, 0.25, 1, 1, 0.25]
+    assert [replace(p, weight=1.0) for p in weighted.preferences] == plain.preferences
+    assert (weighted.duplicates, len(weighted.contradictions)) == (1, 1)
+
+
+def test_two_domains_may_judge_a_pair_differently_at_full_weight(tmp_path):
+    rows = [row(0, domain="a"), row(0, chosen="bad 0", rejected="good 0", domain="b")]
+    loaded = load_preferences(write(tmp_path / "x.jsonl", rows), contradiction_weight=0)
+    assert [p.weight for p in loaded.preferences] == [1, 1]
+    assert len(loaded.contradictions) == 1
 
 
 def test_a_row_of_many_pairs_loses_its_known_pairs_and_stays(tmp_path):
@@ -146,6 +165,48 @@ def test_shapes_may_change_from_row_to_row(tmp_path):
         {"instruction": "q", "chosen": "a", "rejected": "b"},
     ]
     assert len(load_preferences(write(tmp_path / "x.jsonl", rows)).preferences) == 3
+
+
+def test_the_input_template_goes_around_prompts_that_are_plain_text_and_no_others(tmp_path):
+    turns = [{"role": "user", "content": "q"}]
+    said = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    rows = [row(0, prompt="a {b} {} c"), {"prompt": turns, **said}, {"chosen": "whole text", "rejected": "another"}]
+    path = write(tmp_path / "x.jsonl", rows)
+    told = load_preferences(path, input_template="User: {}\nAssistant: ").preferences
+    assert [p.prompt for p in told] == ["User: a {b} {} c\nAssistant: ", tuple(turns), ""]
+    assert [p.chosen for p in told] == [p.chosen for p in load_preferences(path).preferences]
+
+
+@pytest.mark.parametrize("template", ["User: ", "{} and {}", "{0}"])
+def test_an_input_template_without_one_place_for_the_prompt_is_refused(template, tmp_path):
+    with pytest.raises(ConfigError, match=r"input_template: must hold \{\} exactly once"):
+        load_preferences(write(tmp_path / "x.jsonl", [row(0)]), input_template=template)
+
+
+def test_tags_say_how_sharegpt_rows_spell_keys_and_roles(tmp_path):
+    turn = {"who": "me", "said": "Hi"}
+    talk = {"conversations": [turn], "chosen": {"who": "it", "said": "A"}, "rejected": {"who": "it", "said": "B"}}
+    path = write(tmp_path / "x.jsonl", [talk, row(0, chosen="it said")])
+    tags = {"role_tag": "who", "content_tag": "said", "user_tag": "me", "assistant_tag": "it"}
+    first, second = load_preferences(path, tags=tags).preferences
+    assert (first.prompt, first.chosen) == (
+        ({"role": "user", "content": "Hi"},),
+        ({"role": "assistant", "content": "A"},),
+    )
+    assert second.chosen == "it said", "rows of other layouts stay as they are"
+    assert [q.reason for q in load_preferences(path, max_bad_share=1).quarantine] == ["bad_role"]
+
+
+def test_token_ids_are_told_apart_paired_and_grouped_like_texts(tmp_path):
+    rows = [{"chosen_ids": [1, 2, i], "rejected_ids": [1, 2, 9], "prompt_ids": [1, 2]} for i in (3, 4, 3)]
+    rows += [{"chosen_ids": [1, 2, 9], "rejected_ids": [1, 2, 3], "prompt_ids": [1, 2]}]
+    rows += [{"chosen_ids": [5], "rejected_ids": [6]}, {"chosen_ids": [7], "rejected_ids": [6]}]
+    path = write(tmp_path / "x.jsonl", rows)
+    loaded = load_preferences(path, allow_token_ids=True)
+    assert (len(loaded.preferences), loaded.duplicates, len(loaded.contradictions)) == (5, 1, 1)
+    assert [len(set(linked_groups(loaded.preferences)[i:])) for i in (0, 3)] == [3, 2]
+    with pytest.raises(DataError, match=r"6 of 6 rows are bad.*\n.*data\.tokenizer_sha256.*data check PATH --backbone"):
+        load_preferences(path)
 
 
 # Domains
@@ -230,6 +291,20 @@ def test_a_file_without_rows_is_named(tmp_path, name, text, shape):
     with pytest.raises(DataError, match=f"no rows in .*{name}"):
         load_preferences(tmp_path, shape=shape)
     assert len(load_preferences(tmp_path, shape=shape, strict=False).problems) == 1
+
+
+def test_a_file_of_a_registry_without_rows_is_named_whatever_its_others_hold(tmp_path):
+    entries = {}
+    for name, rows in (("code", [row(0)]), ("law", [])):
+        write(tmp_path / f"{name}.jsonl", rows)
+        columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+        entries[name] = {"file_name": f"{name}.jsonl", "ranking": True, "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=r"no rows in .*law\.jsonl"):
+        load_preferences(tmp_path)
+    told = load_preferences(tmp_path, strict=False)
+    assert len(told.preferences) == 1
+    assert "law.jsonl" in told.problems[0]
 
 
 def test_files_that_cannot_be_read_are_listed(tmp_path):

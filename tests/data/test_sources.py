@@ -12,9 +12,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moreward.data import sources
-from moreward.data.formats import RowError, convert
-from moreward.data.sources import BadRow, RawRow, expand, find_sources, read_rows
+from moreward.data import rows
+from moreward.data.formats import convert
+from moreward.data.rows import BadRow, RawRow
+from moreward.data.sources import expand, find_sources, read_rows
+from moreward.data.values import RowError
 from moreward.errors import DataError, MissingExtraError
 
 
@@ -144,8 +146,8 @@ def test_lines_are_those_of_a_plain_split_however_the_file_is_chunked(texts, chu
     data = b"\n".join(texts)
     chunks = [data[i : i + chunk] for i in range(0, len(data), chunk)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "MAX_ROW_BYTES", 20)
-        found = list(sources._lines(chunks))
+        patch.setattr(rows, "MAX_ROW_BYTES", 20)
+        found = list(rows.lines_of(chunks))
     plain = data.split(b"\n")
     starts = [sum(len(line) + 1 for line in plain[:i]) for i in range(len(plain))]
     expected = [(i + 1, starts[i], line if len(line) <= 20 else None) for i, line in enumerate(plain)]

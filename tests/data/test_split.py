@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moreward.data.load import assert_no_leak
-from moreward.data.split import linked_groups, split_by_group
+from moreward.data.split import linked_groups, not_held_out, split_by_group
 from moreward.errors import ConfigError, DataError
 from moreward.types import Preference
 
@@ -32,7 +32,8 @@ def test_no_group_stands_on_two_sides_and_nothing_is_lost(keys, seed):
     preferences = rows(keys)
     sides = split_by_group(preferences, FRACTIONS, seed)
     assert sorted((p for side in sides.values() for p in side), key=lambda p: int(p.id)) == preferences
-    groups = [{p.prompt_group for p in side} for side in sides.values()]
+    label_of = {p.id: label for p, label in zip(preferences, linked_groups(preferences), strict=True)}
+    groups = [{label_of[p.id] for p in side} for side in sides.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))
 
 
@@ -97,6 +98,29 @@ def test_linked_groups_are_the_connected_components(links):
             grown = not near <= reached
             reached |= near
         assert [labels[j] == labels[i] for j in range(len(links))] == [("p", p) in reached for p, _ in links]
+
+
+def chained(num, domain="chained"):
+    """Each annotator judged two prompts, each prompt was judged by two annotators: one linked group."""
+    return [
+        Preference(prompt=f"p{i // 2}", chosen=f"c{i}", rejected="r", group=f"annotator {(i + 1) // 2}", domain=domain)
+        for i in range(num)
+    ]
+
+
+def test_a_domain_that_hangs_together_as_a_whole_is_named_with_its_size_where_none_of_it_is_held_out():
+    preferences = [*rows([("a", f"g{i}") for i in range(40)]), *chained(30)]
+    apart = [replace(p, prompt=p.id) if p.id else p for p in preferences]
+    sides = split_by_group(apart, {"train": 0.9, "val": 0.1}, seed=0)
+    (sentence,) = not_held_out(apart, sides["val"])
+    assert "domain chained: none of its 30 pairs is held out" in sentence
+    assert "30 of them hang together" in sentence
+    assert "data.val" in sentence
+
+
+def test_nothing_is_said_where_every_domain_is_held_out():
+    preferences = [replace(p, prompt=p.id) for p in rows([("a", f"g{i}") for i in range(40)])]
+    assert not_held_out(preferences, split_by_group(preferences, {"train": 0.9, "val": 0.1}, seed=0)["val"]) == []
 
 
 def test_blank_prompts_join_nothing():

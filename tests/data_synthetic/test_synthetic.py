@@ -5,6 +5,7 @@ The models here are plain numpy: they stand for "one linear model" and "one per 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -179,9 +180,27 @@ def test_any_split_has_the_numbers_asked_for_and_shares_no_prompt(
         assert Counter(pair.domain for pair in pairs) == Counter(dict.fromkeys(domains, size))
         flips = Counter(pair.domain for pair in pairs if pair.meta["flipped"])
         assert all(flips[domain] == (round(noise * size) if name == "train" else 0) for domain in domains)
-    for field in ("prompt_group", "prompt"):
+    for field in ("group", "prompt"):
         groups = [{getattr(pair, field) for pair in pairs} for pairs in splits.values()]
         assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+@pytest.mark.parametrize(
+    ("seed", "sha256"),
+    [
+        (0, "54972effe14b5657ee45e71d266f300477355bb7895f0439dcea9f726a7661ff"),
+        (7, "ef39a0ef3e2e17205031556844022a110d38fe30d80cde3d4800f15ebdaadded"),
+    ],
+)
+def test_a_seed_gives_the_same_bytes_as_ever(seed: int, sha256: str) -> None:
+    """Results that were published with these pairs can be made again. A change of the phrases is a new data set."""
+    splits = generate_splits(150, 50, 50, seed=seed, noise=0.1)
+    told = [
+        [p.id, p.domain, p.prompt, p.chosen, p.rejected, p.group, dict(p.meta)]
+        for pairs in splits.values()
+        for p in pairs
+    ]
+    assert hashlib.sha256(json.dumps(told).encode()).hexdigest() == sha256
 
 
 def test_no_pair_repeats_contradicts_another_or_compares_a_text_with_itself(

@@ -211,6 +211,19 @@ def test_sharing_all_prompts_widens_the_interval_of_the_mean() -> None:
     assert shared.interval.high - shared.interval.low > 1.3 * (apart.interval.high - apart.interval.low)
 
 
+def test_groups_that_share_a_prompt_are_one_cluster() -> None:
+    pairs = [
+        Preference(prompt=f"prompt {i // 2}", chosen="good", rejected="bad", group=f"annotator {i % 2}")
+        for i in range(8)
+    ]
+    apart = [dataclasses.replace(p, prompt=f"prompt {i}") for i, p in enumerate(pairs)]
+    chosen, rejected = [RoutedReward(reward=float(i % 3)) for i in range(8)], [RoutedReward(reward=0.5)] * 8
+    linked, by_annotator = (evaluate(rows, chosen, rejected).micro for rows in (pairs, apart))
+    assert (linked.num_groups, by_annotator.num_groups) == (1, 2), "two annotators of one prompt hang together"
+    whole = evaluate([dataclasses.replace(p, group="all") for p in pairs], chosen, rejected).micro
+    assert linked == whole
+
+
 def test_with_a_single_domain_the_means_are_that_domain() -> None:
     evaluation = evaluated(with_accuracy("d", 30, 40))
     interval = evaluation.domains["d"].interval

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moreward.data.split import linked_groups
 from moreward.evals.accuracy import Cost, Evaluation, correct_pairs, evaluate
 from moreward.evals.compare import Comparison, compare
 from moreward.evals.routing import RoutingReport, routing_report
@@ -58,7 +59,7 @@ class World:
     def comparison(self) -> Comparison:
         return compare(
             {"arliss": correct_pairs(self.mixture, self.rejected), "one": correct_pairs(self.single, self.rejected)},
-            [p.prompt_group for p in self.preferences],
+            linked_groups(self.preferences),
             [p.domain for p in self.preferences],
             baseline="one",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moreward.errors import NonFiniteError
-from moreward.nn.losses import Outcome, PairwiseLoss, refuse_non_finite
-from moreward.types import Batch, Rewards
+from moreward.nn.losses import DomainLoss, Outcome, PairwiseLoss, refuse_non_finite
+from moreward.types import Batch, Rewards, Routing
 
 REWARD = st.floats(-5, 5, width=32)
 
@@ -70,6 +71,47 @@ def test_the_pairwise_loss_is_its_formula(
         )
     assert outcome.domain_B.tolist() == list(range(len(pairs)))
     assert float(outcome.extra) == 0.5  # type: ignore[arg-type]
+
+
+@given(
+    pairs=st.lists(st.tuples(REWARD, REWARD, st.sampled_from([0.0, 0.25, 1.0])), min_size=1, max_size=5),
+    centering=st.sampled_from([0.0, 0.5]),
+)
+def test_a_weight_multiplies_a_pairs_loss_and_gradient_and_no_other(
+    pairs: list[tuple[float, float, float]], centering: float
+) -> None:
+    chosen, rejected, weights = (list(column) for column in zip(*pairs, strict=True))
+    loss = PairwiseLoss(centering=centering)
+    plain, plain_N = outcome_of(loss, chosen, rejected)
+    ours, ours_N = outcome_of(loss, chosen, rejected, weight_B=torch.tensor(weights))
+    plain.loss_B.sum().backward()
+    ours.loss_B.sum().backward()
+    assert plain_N.grad is not None
+    assert ours_N.grad is not None
+    weight_N = torch.tensor(weights * 2)
+    torch.testing.assert_close(ours.loss_B, plain.loss_B * torch.tensor(weights))
+    torch.testing.assert_close(ours_N.grad, plain_N.grad * weight_N)
+    assert ours.right_B.tolist() == plain.right_B.tolist(), "a weight changes no measure"
+    assert ours.tie_B.tolist() == plain.tie_B.tolist()
+
+
+def test_a_weight_counts_for_the_router_too() -> None:
+    batch = outcome_batch(("a", "b"))
+    logits_NE = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    none_NK = torch.zeros(1, 0)
+    batch = replace(
+        batch,
+        prompt_of_N=torch.zeros(4, dtype=torch.long),
+        domain_N=torch.tensor([0, 1, 0, 1]),
+        weight_B=torch.tensor([1.0, 0.25]),
+    )
+    outcome = DomainLoss()(Routing(experts_NK=none_NK, weights_NK=none_NK, logits_NE=logits_NE), batch)
+    right = 1 / (1 + math.exp(-1.0))
+    expected = [-math.log(right), -0.25 * math.log(1 - right)]
+    assert outcome.loss_B.tolist() == pytest.approx(expected, rel=1e-5)
+    outcome.loss_B.sum().backward()
+    assert logits_NE.grad is not None
+    assert logits_NE.grad[0].tolist() == pytest.approx([right - 1 + 0.25 * right, 1 - right - 0.25 * right], rel=1e-5)
 
 
 def test_equal_rewards_are_wrong_and_counted_as_ties() -> None:

@@ -151,7 +151,8 @@ def plain_training(pairs: Sequence[EncodedPair], config: TrainConfig, *, seed: i
             delta = chosen - rejected - (pairs[row].preference.margin or 0.0)
             eps = config.label_smoothing
             loss = -(1 - eps) * torch.sigmoid(delta).log() - eps * torch.sigmoid(-delta).log()
-            ((loss + config.centering * (chosen + rejected) ** 2) / len(rows)).backward()
+            loss = pairs[row].preference.weight * (loss + config.centering * (chosen + rejected) ** 2)
+            (loss / len(rows)).backward()
         norm = math.sqrt(sum(float((p.grad**2).sum()) for p in parameters.values() if p.grad is not None))
         clip = min(1.0, config.max_grad_norm / norm)
         rate = (config.learning_rate or 0) * schedule(config, step, num_steps)
@@ -184,6 +185,19 @@ def test_training_equals_the_formulas_written_out(
     settings: dict[str, Any], margin: float | None, encoded: list[EncodedPair], tmp_path: Path
 ) -> None:
     rows = [replace(p, preference=replace(p.preference, margin=margin)) for p in encoded[:20]]
+    ours = fitting(tmp_path, rows, epochs=3, **settings)
+    ours.run()
+    plain = plain_training(rows, ours.fit.config)
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(ours.bag.get_parameter(name), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"centering": 0.1, "label_smoothing": 0.2}, {"accumulate": 3}], ids=str)
+def test_a_pair_moves_a_step_in_proportion_to_its_weight(
+    settings: dict[str, Any], encoded: list[EncodedPair], tmp_path: Path
+) -> None:
+    weights = itertools.cycle([1.0, 0.25, 0.0])
+    rows = [replace(p, preference=replace(p.preference, weight=next(weights))) for p in encoded[:20]]
     ours = fitting(tmp_path, rows, epochs=3, **settings)
     ours.run()
     plain = plain_training(rows, ours.fit.config)

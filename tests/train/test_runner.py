@@ -27,12 +27,14 @@ from torch import nn
 import moreward
 from moreward.checkpoint import verify_folder
 from moreward.config import resolve
-from moreward.data.batches import side
+from moreward.data.batches import side, tokenizer_sha256
 from moreward.errors import BackboneError, ConfigError, DataError, NonFiniteError, RunError
+from moreward.nn.backbone import Backbone
 from moreward.nn.experts import RewardHead
 from moreward.scoring import load
 from moreward.train.loop import has_bf16
-from moreward.train.runner import Pairs, read_pairs, train, train_on
+from moreward.train.runner import Pairs, make_encoder, read_pairs, train, train_on
+from moreward.train.track import Silent
 from moreward.types import Preference
 from trained import card, digests, given, metrics, trained, weights, write_pairs
 
@@ -152,7 +154,9 @@ def test_the_card_accounts_for_every_row(tiny_backbone: Tiny, pairs: Sequence[Pr
     }  # fmt: skip
     not_used = Counter({d: sum(reasons.values()) for d, reasons in told["not_used"].items()})
     used = sum(told["train_pairs"].values()) + sum(told["val_pairs"].values())
-    assert used + not_used.total() == told["train"]["rows"]
+    assert used + not_used.total() == told["train"]["rows"] == told["rows_read"]
+    assert (told["rows_used"], told["pairs_used"], told["pairs_made"]) == (used, used, used + 1)
+    assert told["pairs_not_used"] == {"short": {"too_long": 1}}
     assert told["not_used"] == {
         "long": {"empty_chosen": 1},
         "short": {"duplicate": 1, "identical": 1, "wrong_type": 1, "too_long": 1},
@@ -224,6 +228,21 @@ def test_margins_are_used_unless_told_not_to(
     assert (unused / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
 
 
+def test_contradictions_weigh_as_told_and_the_weight_is_part_of_a_runs_hashes(
+    tiny_backbone: Tiny, pairs: Sequence[Preference], tmp_path: Path
+) -> None:
+    turned = [replace(p, chosen=p.rejected, rejected=p.chosen, id=f"turned {p.id}") for p in pairs]
+    data = write_pairs(tmp_path / "turned.jsonl", [*pairs, *turned])
+    whole, half = (
+        train(given("arliss", tiny_backbone("bert"), data, tmp_path / f"{w}", f"data.contradiction_weight={w}"))
+        for w in (1, 0.5)
+    )
+    assert card(whole)["data"]["train"]["contradictions"] == 40
+    assert all(card(whole)["data"][k] != card(half)["data"][k] for k in ("config_sha256", "data_sha256"))
+    assert first_loss(whole) == pytest.approx(math.log(2), abs=0.05)
+    assert first_loss(half) == pytest.approx(first_loss(whole) / 2)
+
+
 def test_training_in_bf16_learns_and_stores_float32(tiny_backbone: Tiny, data: Path, tmp_path: Path) -> None:
     if not has_bf16(torch.device("cpu")):
         pytest.skip("no bf16 here")
@@ -280,6 +299,55 @@ def test_a_held_out_domain_that_is_not_trained_is_refused(
     val = write_pairs(tmp_path / "val.jsonl", [replace(pairs[0], prompt="New.", domain="cod")])
     with pytest.raises(DataError, match=r"Unknown domain cod\. Known: long, short\."):
         train(given("arliss", tiny_backbone("bert"), data, tmp_path / "run", f"data.val={val}"))
+
+
+def test_token_ids_train_only_with_the_tokenizer_that_is_declared(
+    tiny_backbone: Tiny, data: Path, pairs: Sequence[Preference], tmp_path: Path
+) -> None:
+    bert = tiny_backbone("bert")
+    encoder = make_encoder(resolve(given("arliss", bert, data, tmp_path / "unused")), Backbone.load(str(bert)))
+    rows = []
+    for p in pairs:
+        chosen, rejected = encoder.pair(p)
+        ids = {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids, "prompt_ids": chosen.prompt_ids}
+        rows.append({**ids, "domain": p.domain, "group": p.prompt})
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    declared = f"data.tokenizer_sha256={tokenizer_sha256(encoder.tokenizer)}"
+    words = ("data.val_fraction=0.25", "train.max_steps=2")
+    made = train(given("arliss", bert, ids, tmp_path / "ids", declared, *words))
+    assert sum(card(made)["data"]["train_pairs"].values()) == 32
+    assert first_loss(made) == pytest.approx(math.log(2), abs=0.05)
+    assert card(made)["golden"] == []
+    load(made).score([("A prompt.", "An answer.")])
+    with pytest.raises(DataError, match=r"data\.tokenizer_sha256 declares the tokenizer"):
+        train(given("arliss", bert, ids, tmp_path / "undeclared", *words))
+    with pytest.raises(BackboneError, match=r"data\.tokenizer_sha256: .* is declared, but the tokenizer of backbone"):
+        train(given("arliss", tiny_backbone("roberta"), ids, tmp_path / "other", declared, *words))
+
+
+class Told(Silent):
+    """A reporter that remembers what it was told to say."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_domain_of_which_nothing_can_be_held_out_is_told_and_stands_in_the_card(
+    tiny_backbone: Tiny, pairs: Sequence[Preference], tmp_path: Path
+) -> None:
+    data, told = tmp_path / "x.jsonl", Told()
+    rows = [{k: getattr(p, k) for k in ("prompt", "chosen", "rejected", "domain")} for p in pairs]
+    rows = [row | {"group": "one annotator"} if row["domain"] == "long" else row for row in rows]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(given("arliss", tiny_backbone("bert"), data, tmp_path / "run", "train.max_steps=1"), reporter=told)
+    (sentence,) = card(run)["data"]["not_held_out"]
+    assert sentence in told.said
+    assert sentence.startswith("domain long: none of its 20 pairs is held out")
+    assert "20 of them hang together" in sentence
 
 
 def test_a_metric_of_no_domain_is_refused(tiny_backbone: Tiny, data: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from moreward.data.load import NOT_BAD, Loaded, Quarantined, domain_of_file
+from moreward.data.load import Loaded, Quarantined, domain_of_file
+from moreward.data.reasons import NOT_BAD
 from moreward.types import NO_DOMAIN, Preference, Text
 
+PAIR_REMARKS = ("truncated", "identical_after_truncation", "special_tokens", "doubled_bos", "missing_eos")
 _NUM_SHOWN = 5
 
 
@@ -20,7 +22,9 @@ _NUM_SHOWN = 5
 class PairLengths:
     """What a tokenizer says of one pair. Tokens are those of prompt and response, before truncation.
 
-    `truncated`: one of the two is over the limit. `special_tokens`: the text holds the spelling of one.
+    `truncated`: one of the two is over the limit. `special_tokens`: the text holds the spelling of one. `doubled_bos`,
+    `missing_eos`: a conversation starts with two of the one, or does not end with the other. `refusal` is what the
+    chat template says against the pair; then nothing else is known.
     """
 
     chosen_tokens: int
@@ -28,9 +32,26 @@ class PairLengths:
     truncated: bool
     identical_after_truncation: bool
     special_tokens: bool
+    doubled_bos: bool = False
+    missing_eos: bool = False
+    refusal: str = ""
 
 
 Measure: TypeAlias = Callable[[Preference], PairLengths]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerMarks:
+    """What a tokenizer puts before, after and beside texts; empty where it has no such token."""
+
+    bos: str
+    eos: str
+    pad: str
+    sha256: str = ""
+
+    @property
+    def pad_is_eos(self) -> bool:
+        return bool(self.pad) and self.pad == self.eos
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +70,8 @@ class DomainAudit:
     """One domain's figures. Lengths are of responses in characters, or of conversations in tokens if measured.
 
     `chosen_longer` is the share of pairs whose chosen side is longer, equal lengths as half: 0.5 is no bias.
-    `share` is of all kept pairs. `dropped` counts rows per reason; `truncated` (over the length limit),
-    `identical_after_truncation` and `special_tokens` are None when nothing measured them.
+    `share` is of all kept pairs. `dropped` counts rows per reason; what follows it in pairs (`truncated` are over the
+    length limit) is None when nothing measured it.
     """
 
     num_rows: int
@@ -65,6 +86,9 @@ class DomainAudit:
     truncated: int | None
     identical_after_truncation: int | None
     special_tokens: int | None
+    doubled_bos: int | None
+    missing_eos: int | None
+    bad_template: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +102,7 @@ class Audit:
     duplicates: int
     length_unit: str
     domains: dict[str, DomainAudit]
+    tokenizer: TokenizerMarks | None = None
     findings: list[Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -86,11 +111,15 @@ class Audit:
         return bool(self.problems) or any(finding.is_error for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "has_errors": self.has_errors}
+        marks = self.tokenizer and {**asdict(self.tokenizer), "pad_is_eos": self.tokenizer.pad_is_eos}
+        return {**asdict(self), "tokenizer": marks, "has_errors": self.has_errors}
 
 
-def audit(loaded: Loaded, *, measure: Measure | None = None) -> Audit:
-    """Figures per domain and every finding. Load with `strict=False` to see all faults at once."""
+def audit(loaded: Loaded, *, measure: Measure | None = None, marks: TokenizerMarks | None = None) -> Audit:
+    """Figures per domain and every finding. Load with `strict=False` to see all faults at once.
+
+    `measure` and `marks` are those of the tokenizer that will read the pairs.
+    """
     lengths = [measure(p) for p in loaded.preferences] if measure else None
     names = sorted({p.domain for p in loaded.preferences} | {row.domain for row in loaded.quarantine})
     return Audit(
@@ -101,7 +130,13 @@ def audit(loaded: Loaded, *, measure: Measure | None = None) -> Audit:
         duplicates=loaded.duplicates,
         length_unit="tokens" if measure else "characters",
         domains={name: _domain_audit(name, loaded, lengths) for name in names},
-        findings=[*_file_findings(loaded), *_row_findings(loaded), *_pair_findings(loaded.preferences, lengths)],
+        tokenizer=marks,
+        findings=[
+            *_file_findings(loaded),
+            *_row_findings(loaded),
+            *_pair_findings(loaded.preferences, lengths),
+            *_pad_findings(names, marks),
+        ],
         problems=loaded.problems,
     )
 
@@ -110,7 +145,9 @@ def _domain_audit(name: str, loaded: Loaded, lengths: Sequence[PairLengths] | No
     index = [i for i, p in enumerate(loaded.preferences) if p.domain == name]
     pairs = [loaded.preferences[i] for i in index]
     measured = [lengths[i] for i in index] if lengths is not None else None
-    sizes = [(m.chosen_tokens, m.rejected_tokens) for m in measured] if measured is not None else _characters(pairs)
+    sizes = _characters(pairs)
+    if measured is not None:
+        sizes = [(m.chosen_tokens, m.rejected_tokens) for m in measured if not m.refusal]
     both = sorted(size for pair in sizes for size in pair)
     dropped = Counter(row.reason for row in loaded.quarantine if row.domain == name)
     return DomainAudit(
@@ -126,6 +163,9 @@ def _domain_audit(name: str, loaded: Loaded, lengths: Sequence[PairLengths] | No
         truncated=_count(measured, lambda m: m.truncated),
         identical_after_truncation=_count(measured, lambda m: m.identical_after_truncation),
         special_tokens=_count(measured, lambda m: m.special_tokens),
+        doubled_bos=_count(measured, lambda m: m.doubled_bos),
+        missing_eos=_count(measured, lambda m: m.missing_eos),
+        bad_template=_count(measured, lambda m: bool(m.refusal)),
     )
 
 
@@ -174,13 +214,21 @@ def _pair_findings(pairs: Sequence[Preference], lengths: Sequence[PairLengths] |
         if not _num_characters(p.prompt)
     ]
     for pair, measured in zip(pairs, lengths or [], strict=bool(lengths)):
+        place = pair.source or pair.name
+        if measured.refusal:
+            found.append(Finding("bad_template", pair.domain, place, measured.refusal, True))
         sizes = f"chosen {measured.chosen_tokens} tokens, rejected {measured.rejected_tokens}"
         found += [
-            Finding(reason, pair.domain, pair.source or pair.name, sizes, False)
-            for reason in ("truncated", "identical_after_truncation", "special_tokens")
-            if getattr(measured, reason)
+            Finding(reason, pair.domain, place, sizes, False) for reason in PAIR_REMARKS if getattr(measured, reason)
         ]
     return found
+
+
+def _pad_findings(domains: Sequence[str], marks: TokenizerMarks | None) -> list[Finding]:
+    if marks is None or not marks.pad_is_eos:
+        return []
+    detail = f"{marks.pad} ends texts and pads them: a program that looks for the pad reads one token early; we do not"
+    return [Finding("pad_is_eos", domain, "the tokenizer", detail, False) for domain in domains]
 
 
 # For people
@@ -200,6 +248,11 @@ def render(audit: Audit, *, width: int = 120) -> str:
         f" Lengths in {audit.length_unit}.",
         markup=False,
     )
+    if marks := audit.tokenizer:
+        words = [f"{name} {token or 'none'}" for name, token in (("BOS", marks.bos), ("EOS", marks.eos))]
+        words.append(f"pad {marks.pad or 'none'}{' (the same as EOS)' if marks.pad_is_eos else ''}")
+        words += [f"SHA-256 {marks.sha256}"] if marks.sha256 else []
+        console.print(f"Tokenizer: {', '.join(words)}.", markup=False, soft_wrap=True)
     for problem in audit.problems:
         console.print(f"\nERROR {problem}", markup=False, soft_wrap=True)
     for line in _finding_lines(audit.findings):
@@ -215,7 +268,7 @@ def _table(audit: Audit) -> Any:
     table = Table(box=None, pad_edge=False)
     table.add_column("domain")
     is_measured = audit.length_unit == "tokens"
-    extra = ["over limit", "special"] if is_measured else []
+    extra = ["over limit", "special", "two BOS", "no EOS"] if is_measured else []
     for name in [
         "rows",
         "pairs",
@@ -241,7 +294,8 @@ def _table(audit: Audit) -> Any:
             _shown(row.median_length, ",.0f"),
             _shown(row.p95_length, ",.0f"),
         ]
-        table.add_row(Plain(name), *cells, *([f"{row.truncated:,}", f"{row.special_tokens:,}"] if is_measured else []))
+        counts = [row.truncated, row.special_tokens, row.doubled_bos, row.missing_eos] if is_measured else []
+        table.add_row(Plain(name), *cells, *(f"{count:,}" for count in counts))
     return table
 
 

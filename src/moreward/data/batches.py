@@ -5,9 +5,11 @@ N conversations, B pairs (N = 2B, chosen first), P distinct prompts, T tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from moreward.data.audit import PairLengths
+from moreward.data.audit import PairLengths, TokenizerMarks
 from moreward.data.load import Quarantined
 from moreward.errors import DataError
 from moreward.types import Batch, Conversation, Message, Preference, Text
@@ -71,6 +73,7 @@ class Encoder:
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.joins_pairs = tokenizer.sep_token_id is not None and tokenizer.cls_token_id is not None
         self._specials = sorted((t for t in tokenizer.all_special_tokens if t), key=len, reverse=True)
+        self._bos_ids = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
         self._special_ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self._to_hide = re.compile("|".join(re.escape(t) for t in (*self._specials, "\ue000")))
         self._ahead: dict[str, list[int]] = {}
@@ -94,19 +97,44 @@ class Encoder:
         return self._cut_pair(prompt, response)
 
     def pair(self, preference: Preference) -> tuple[Encoded, Encoded]:
+        if ids := preference.token_ids:
+            return self._given(ids.chosen, ids.prompt), self._given(ids.rejected, ids.prompt)
         return self.conversation(side(preference, "chosen")), self.conversation(side(preference, "rejected"))
 
     def measure(self, preference: Preference) -> PairLengths:
         """What the audit wants to know of a pair's tokens."""
-        chosen, rejected = self.pair(preference)
         texts = " ".join(_as_text(t) for t in (preference.prompt, preference.chosen, preference.rejected))
+        special_tokens = any(s in texts for s in self._specials)
+        try:
+            chosen, rejected = self.pair(preference)
+        except DataError as error:
+            return PairLengths(0, 0, False, False, special_tokens, refusal=str(error))
         return PairLengths(
             chosen_tokens=len(chosen.ids) + chosen.num_dropped,
             rejected_tokens=len(rejected.ids) + rejected.num_dropped,
             truncated=chosen.truncated or rejected.truncated,
             identical_after_truncation=chosen.ids == rejected.ids,
-            special_tokens=any(s in texts for s in self._specials),
+            special_tokens=special_tokens,
+            doubled_bos=any(self._bos_ids >= {*e.ids[:2]} for e in (chosen, rejected)),
+            missing_eos=not (self._is_ended(chosen) and self._is_ended(rejected)),
         )
+
+    @property
+    def marks(self) -> TokenizerMarks:
+        """The tokens that the audit speaks of."""
+        t = self.tokenizer
+        return TokenizerMarks(
+            bos=t.bos_token or t.cls_token or "",
+            eos=t.eos_token or t.sep_token or "",
+            pad=t.pad_token or "",
+            sha256=tokenizer_sha256(t),
+        )
+
+    def _is_ended(self, encoded: Encoded) -> bool:
+        """Whether the last token that is not blank ends a text."""
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id} - {None}
+        last = next((i for i in reversed(encoded.ids) if i in ends or self.tokenizer.decode([i]).strip()), None)
+        return last in ends
 
     @contextmanager
     def reading_ahead(self, preferences: Sequence[Preference]) -> Iterator[None]:
@@ -158,6 +186,13 @@ class Encoder:
         prompt_ids = [*prefix, *prompt[-room:]] or suffix or [self.pad_id]
         return Encoded(tuple(ids), tuple(prompt_ids), dropped)
 
+    def _given(self, ids: tuple[int, ...], prompt: tuple[int, ...]) -> Encoded:
+        """Token ids as they came, cut from the start like any others."""
+        if (largest := max(*ids, *prompt)) >= len(self.tokenizer):
+            raise DataError(f"token id {largest} is none of the {len(self.tokenizer)} of the tokenizer")
+        dropped = max(0, len(ids) - self.max_length)
+        return Encoded(ids[dropped:], prompt[-self.max_length :] or tuple(self._suffix) or (self.pad_id,), dropped)
+
     def _cut_pair(self, prompt: list[int], response: list[int]) -> Encoded:
         room = self.max_length - len(self._prefix) - len(self._middle) - len(self._suffix)
         cut_response = max(0, len(response) - room)
@@ -201,8 +236,15 @@ class Encoder:
         return self._to_hide.sub(placeholder, content)
 
 
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """A hash of which token each id means, the same however the tokenizer is stored."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
 def side(preference: Preference, which: str) -> Conversation:
     """The chosen or the rejected half of a pair as a conversation."""
+    if preference.token_ids is not None:
+        raise DataError(f"{preference.name}: token ids are for training only; a reward is given to texts")
     return Conversation(
         prompt=preference.prompt,
         response=preference.chosen if which == "chosen" else preference.rejected,
@@ -215,9 +257,10 @@ def side(preference: Preference, which: str) -> Conversation:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """Pairs ready for training; those that did not get in, with the reason; and how many were cut, by domain."""
+    """Pairs ready for training; those that did not get in, each with its reason; and how many were cut, by domain."""
 
     pairs: list[EncodedPair]
+    refused: list[Preference]
     quarantine: list[Quarantined]
     num_truncated: dict[str, int]
 
@@ -231,34 +274,55 @@ def encode_pairs(
     A domain that loses all its pairs is a DataError: a mixture without one of its domains is not what was asked for.
     """
     index = {domain: i for i, domain in enumerate(domains)}
-    result = EncodedSet([], [], {})
+    result = EncodedSet([], [], [], {})
     with encoder.reading_ahead(preferences):
-        for preference in preferences:
+        for preference, place in zip(preferences, _places_in_rows(preferences), strict=True):
             try:
                 chosen, rejected = encoder.pair(preference)
+                reason, detail = _fault(chosen, rejected, on_long)
             except DataError as error:
-                result.quarantine.append(_refused(preference, "bad_template", str(error)))
-                continue
-            truncated = chosen.truncated or rejected.truncated
-            reason = "too_long" if truncated and on_long == "drop" else ""
-            reason = reason or ("identical_after_truncation" if chosen.ids == rejected.ids else "")
+                reason, detail = "bad_template" if preference.token_ids is None else "bad_token_ids", str(error)
             if reason:
-                sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
-                detail = f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}"
-                result.quarantine.append(_refused(preference, reason, detail))
+                result.refused.append(preference)
+                result.quarantine.append(_refused(preference, reason, place + detail))
                 continue
-            if truncated:
+            if chosen.truncated or rejected.truncated:
                 count = result.num_truncated.get(preference.domain, 0)
                 result.num_truncated[preference.domain] = count + 1
             result.pairs.append(EncodedPair(preference, chosen, rejected, index.get(preference.domain, -1)))
+    _refuse_emptied(result, preferences, encoder.max_length)
+    return result
+
+
+def _fault(chosen: Encoded, rejected: Encoded, on_long: str) -> tuple[str, str]:
+    """Why two token sequences are no pair to learn from, in a word and in a sentence; both empty if they are."""
+    reason = "identical_after_truncation" if chosen.ids == rejected.ids else ""
+    if on_long == "drop" and (chosen.truncated or rejected.truncated):
+        reason = "too_long"
+    sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
+    return reason, f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}" if reason else ""
+
+
+def _refuse_emptied(result: EncodedSet, preferences: Sequence[Preference], max_length: int) -> None:
     emptied = {p.domain for p in preferences} - {p.preference.domain for p in result.pairs}
     if emptied:
         raise DataError(
-            f"no pair of domain {', '.join(sorted(emptied))} fits the limit of {encoder.max_length} tokens and the "
+            f"no pair of domain {', '.join(sorted(emptied))} fits the limit of {max_length} tokens and the "
             "chat template. Raise data.max_length, set data.on_long=truncate, or leave the domain out.\n"
             + "\n".join(f"  {row}" for row in [q for q in result.quarantine if q.domain in emptied][:5])
         )
-    return result
+
+
+def _places_in_rows(preferences: Sequence[Preference]) -> list[str]:
+    """`pair 2 of 3: ` for each pair of a row that holds several, as its place in the row; else nothing."""
+    num_pairs = Counter(p.source for p in preferences if p.source)
+    seen: Counter[str] = Counter()
+    places = []
+    for preference in preferences:
+        seen[preference.source] += 1
+        several = num_pairs[preference.source] > 1
+        places.append(f"pair {seen[preference.source]} of {num_pairs[preference.source]}: " if several else "")
+    return places
 
 
 def _refused(preference: Preference, reason: str, detail: str) -> Quarantined:
@@ -276,11 +340,14 @@ def pair_batch(pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
     margin_B = None
     if any(m is not None for m in margins):
         margin_B = torch.tensor([m or 0.0 for m in margins], dtype=torch.float32)
+    weights = [p.preference.weight for p in pairs]
+    weight_B = torch.tensor(weights, dtype=torch.float32) if any(w != 1 for w in weights) else None
     return _batch(
         encoded,
         domain_B + domain_B,
         pad_id,
         margin_B=margin_B,
+        weight_B=weight_B,
         is_pairs=True,
         names=tuple(p.preference.name for p in pairs),
     )

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moreward.data.formats import Judged, Row, RowError, Shape, assistant, explicit, required, text_of, transcript, user
+from moreward.data.shapes import Judged, Shape, explicit, transcript
+from moreward.data.values import Row, RowError, assistant, required, text_of, user
 from moreward.types import Message, Preference
 
 

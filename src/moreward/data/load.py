@@ -31,10 +31,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from moreward.data.benchmarks import BENCHMARKS, oasst
-from moreward.data.formats import SHAPES, Converted, Row, RowError, Shape, convert_row, find_shape, optional_text
-from moreward.data.sources import READERS, BadRow, Item, RawRow, find_sources, read_rows
+from moreward.data.formats import Converted, convert_row, find_shape
+from moreward.data.reasons import NOT_BAD
+from moreward.data.rows import BadRow, Item, RawRow
+from moreward.data.shapes import SHAPES, Shape
+from moreward.data.sources import READERS, files_of, find_sources, read_rows, retagged
 from moreward.data.split import linked_groups
-from moreward.errors import DataError
+from moreward.data.values import Row, RowError, optional_text
+from moreward.errors import ConfigError, DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
 
 FORMATS: Mapping[str, Shape] = {**SHAPES, **BENCHMARKS}
@@ -42,9 +46,6 @@ FORMATS: Mapping[str, Shape] = {**SHAPES, **BENCHMARKS}
 
 OASST = "oasst"
 _OASST_FIELDS = frozenset(["message_id", "parent_id", "message_tree_id", "text", "role", "lang"])
-
-NOT_BAD = frozenset({"duplicate", "identical", "tie"})
-"""Reasons that say nothing against the file: such rows do not count towards `max_bad_share`."""
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _SPLIT_WORDS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test")
@@ -100,17 +101,34 @@ class _Rules:
     domain: str
     domain_key: str
     domain_map: Mapping[str, str]
+    input_template: str
+    tags: Mapping[str, str]
     allow_empty_prompt: bool
+    allow_token_ids: bool
+
+    def __post_init__(self) -> None:
+        if self.input_template and self.input_template.count("{}") != 1:
+            raise ConfigError(f"input_template: must hold {{}} exactly once (got {self.input_template!r})")
 
     def convert(self, raw: RawRow) -> Converted:
-        return convert_row(
-            raw.row,
+        converted = convert_row(
+            retagged(raw.row, self.tags) if self.tags else raw.row,
             shape=self.shape,
             fields=self.fields,
             domain=self.named(raw.row) or self.of_file(raw.file),
             source=f"{raw.file}:{raw.line}",
             allow_empty_prompt=self.allow_empty_prompt,
+            allow_token_ids=self.allow_token_ids,
         )
+        return replace(converted, preferences=[self.framed(p) for p in converted.preferences])
+
+    def framed(self, preference: Preference) -> Preference:
+        """With the template around its prompt, where that is plain text."""
+        prompt = preference.prompt
+        if not self.input_template or not isinstance(prompt, str) or not prompt.strip():
+            return preference
+        before, after = self.input_template.split("{}")
+        return replace(preference, prompt=f"{before}{prompt}{after}")
 
     def named(self, row: Row) -> str:
         """The domain in the `domain_key` column."""
@@ -196,8 +214,7 @@ class _Intake:
             self.num_duplicates += 1
             return False
         self.first_with[key] = preference
-        swapped = replace(preference, chosen=preference.rejected, rejected=preference.chosen)
-        opposite = self.first_with.get(_key(swapped))
+        opposite = self.first_with.get(_key(preference.swapped()))
         if opposite is not None:
             self.contradictions.append((opposite, preference))
         return True
@@ -233,8 +250,12 @@ def load_preferences(
     domain: str | None = None,
     domain_key: str | None = None,
     domain_map: Mapping[str, str] | None = None,
+    input_template: str = "",
+    tags: Mapping[str, str] | None = None,
     max_bad_share: float = 0.01,
+    contradiction_weight: float = 1.0,
     allow_empty_prompt: bool = False,
+    allow_token_ids: bool = False,
     use_margin: bool = True,
     strict: bool = True,
 ) -> Loaded:
@@ -247,14 +268,18 @@ def load_preferences(
         domain: the domain of rows that name none.
         domain_key: a column that names the domain where `domain` does not.
         domain_map: a file-name pattern, or a domain as the data spells it, to a domain.
-        max_bad_share: the share of rows that may be quarantined; see `NOT_BAD` for what does not count.
+        input_template: text with one `{}`, where prompts that are plain text are put (conversations stay as they are).
+        tags: how sharegpt rows spell the keys and roles of turns, under LLaMA-Factory's names (`role_tag`, ...).
+        max_bad_share: the share of rows that may be quarantined; see `reasons.NOT_BAD` for what does not count.
+        contradiction_weight: of both pairs of a contradiction within one domain; all others weigh 1.
         allow_empty_prompt: keep rows whose prompt is there but blank.
+        allow_token_ids: keep rows that are tokens already; whoever asks for them has checked the tokenizer.
         use_margin: keep margins, and refuse data in which only some rows have one.
-        strict: raise what makes the data unfit as a whole; otherwise it stands in `Loaded.problems`.
+        strict: raise what makes the data unfit as a whole (a file without rows, too many bad rows, a domain of which
+            no row is left, a margin in some rows only); otherwise it stands in `Loaded.problems`.
 
     Raises:
-        DataError: nothing to read, or a file that ends early. If strict: a file without rows, too many bad rows,
-            a domain of which no row is left, or a margin in some rows only.
+        DataError: nothing to read, or a file that ends early; if strict, also what else would stand in `problems`.
     """
     rules = _Rules(
         shape=find_shape(shape, FORMATS) if shape and shape != OASST else None,
@@ -262,33 +287,44 @@ def load_preferences(
         domain=domain or "",
         domain_key=domain_key or "",
         domain_map=domain_map or {},
+        input_template=input_template,
+        tags=tags or {},
         allow_empty_prompt=allow_empty_prompt,
+        allow_token_ids=allow_token_ids,
     )
-    found = find_sources(patterns)
-    empty: list[Path] = []
+    found, intake, empty = find_sources(patterns), _Intake(rules), list[Path]()
     items = _items(found.sources, empty)
-    intake = _Intake(rules)
     loaded = _load_oasst(list(items), domain or OASST) if shape == OASST else intake.take_all(items)
+    loaded = _weighted(loaded, contradiction_weight)
     if not use_margin:
         loaded = replace(loaded, preferences=[replace(p, margin=None) for p in loaded.preferences])
-    problems = [DataError(f"The data has no rows in {', '.join(map(str, empty))}.")] if empty else []
-    if shape != OASST:
-        problems += _problems(loaded, intake, max_bad_share)
+    problems = [*_no_rows(empty), *(_problems(loaded, intake, max_bad_share) if shape != OASST else [])]
     if problems and strict:
         raise problems[0]
-    skipped = [str(path) for path in found.skipped]
-    return replace(loaded, problems=[str(problem) for problem in problems], skipped_files=skipped)
+    return replace(loaded, problems=list(map(str, problems)), skipped_files=list(map(str, found.skipped)))
+
+
+def _weighted(loaded: Loaded, weight: float) -> Loaded:
+    """The same, both of each contradiction within a domain with that weight. That two domains judge a pair
+    differently is no fault of either: it is what a mixture is for."""
+    within = [both for both in loaded.contradictions if both[0].domain == both[1].domain]
+    opposed = {id(p) for both in within for p in both}
+    weighted = [replace(p, weight=weight) if id(p) in opposed else p for p in loaded.preferences]
+    return replace(loaded, preferences=weighted)
 
 
 def _items(sources: Iterable[Path], empty: list[Path]) -> Iterator[Item]:
-    """The rows of all sources; a source that has none is added to `empty`."""
+    """The rows of all sources; a file that has none is added to `empty`."""
     for path in sources:
-        num_rows = 0
+        seen: set[str] = set()
         for item in read_rows(path):
-            num_rows += 1
+            seen.add(item.file)
             yield item
-        if num_rows == 0:
-            empty.append(path)
+        empty += [file for file in files_of(path) if str(file) not in seen]
+
+
+def _no_rows(empty: Sequence[Path]) -> list[DataError]:
+    return [DataError(f"The data has no rows in {', '.join(map(str, empty))}.")] if empty else []
 
 
 def _problems(loaded: Loaded, intake: _Intake, max_bad_share: float) -> Iterator[DataError]:
@@ -318,7 +354,8 @@ def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:
 
 
 def _key(preference: Preference) -> str:
-    beside = json.dumps([preference.tools, preference.chat_template_kwargs], default=dict, sort_keys=True)
+    ids = preference.token_ids and asdict(preference.token_ids)
+    beside = json.dumps([preference.tools, preference.chat_template_kwargs, ids], default=dict, sort_keys=True)
     return text_key(preference.prompt, preference.chosen, preference.rejected, beside)
 
 

@@ -62,7 +62,24 @@ def linked_groups(preferences: Sequence[Preference]) -> list[str]:
     return [root(first) for first, *_ in keys]
 
 
+def not_held_out(preferences: Sequence[Preference], held_out: Sequence[Preference]) -> list[str]:
+    """A sentence for each domain that has no pair in `held_out`: how much of it hangs together, and what to do."""
+    num_pairs = Counter(p.domain for p in preferences)
+    missing = sorted(num_pairs.keys() - {p.domain for p in held_out})
+    rows_of = _count_domains(preferences, linked_groups(preferences)) if missing else {}
+    largest = {domain: max(counts[domain] for counts in rows_of.values()) for domain in missing}
+    return [
+        f"domain {domain}: none of its {num_pairs[domain]:,} pairs is held out, so nothing watches how it is learned. "
+        f"Pairs that share a prompt or a group stay on one side, and {largest[domain]:,} of them hang together so. "
+        "Name held-out pairs with data.val, raise data.val_fraction, or leave out a `group` column that joins too much."
+        for domain in missing
+    ]
+
+
 def _link_keys(preference: Preference) -> list[str]:
+    if ids := preference.token_ids:
+        known = ids.prompt or (min(ids.chosen, ids.rejected), max(ids.chosen, ids.rejected))
+        return [*([f"group/{preference.group}"] if preference.group else []), f"tokens/{known}"]
     prompt = preference.prompt
     if len(prompt) == 1 and not isinstance(prompt, str) and prompt[0].get("role") == "user":
         prompt = str(prompt[0].get("content") or "")  # one user turn is the same prompt as its bare text

@@ -1,7 +1,7 @@
 """How often a system prefers the response that was preferred: per domain, with intervals, beside simple rules.
 
 B pairs, D domains, G prompt groups. Pairs of one prompt are not independent, so every interval is clustered by
-`Preference.prompt_group`. Equal rewards count as wrong, and are counted apart as ties.
+`linked_groups`, as splits are. Equal rewards count as wrong, and are counted apart as ties.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from moreward.data.split import linked_groups
 from moreward.errors import DataError, NonFiniteError
 from moreward.types import Preference, RoutedReward, Text
 
@@ -194,7 +195,7 @@ def _read(
     longer = np.array([_num_characters(p.chosen) - _num_characters(p.rejected) for p in preferences])
     return _Rows(
         domain_B=domain_B,
-        group_B=numbered([p.prompt_group for p in preferences])[1],
+        group_B=numbered(linked_groups(preferences))[1],
         margin_B=np.array([c.reward - j.reward for c, j in pairs]),
         longer_B=(np.sign(longer) + 1) / 2,
         oracle_B=np.array([_is_right(c.oracle, j.oracle) for c, j in pairs]),

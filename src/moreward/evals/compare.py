@@ -75,7 +75,7 @@ def compare(
 ) -> Comparison:
     """Paired differences in accuracy between each system and `systems[baseline]`, per domain and in the mean.
 
-    `systems[name][i]`, `groups[i]` (a prompt group) and `domains[i]` belong to pair i. The test is a sign flip over
+    `systems[name][i]`, `groups[i]` (of `linked_groups`) and `domains[i]` belong to pair i. The test is a sign flip over
     groups, exact where that can be listed and otherwise drawn `num_resamples` times from `seed`. Holm's correction
     runs over all systems, domains and means together. Raises ValueError where the arguments do not belong together.
     """

@@ -20,6 +20,8 @@ from moreward.types import Batch, Rewards, Routing
 class Outcome:
     """One value per pair: its loss, whether it was right, whether it was tied, its domain.
 
+    A loss is already multiplied by the pair's weight. The mean is taken over all pairs, so that a pair of weight w
+    moves a step w times as much as it otherwise would, whatever stands beside it, and a pair of weight 0 not at all.
     `extra` is added to the mean loss: a balance loss, already weighted.
     """
 
@@ -59,7 +61,7 @@ class PairwiseLoss:
         if self.centering:
             loss_B = loss_B + self.centering * (output.chosen_B + output.rejected_B).square()
         return Outcome(
-            loss_B=loss_B,
+            loss_B=_weighted(loss_B, batch),
             right_B=delta_B > 0,
             tie_B=delta_B == 0,
             domain_B=batch.domain_N[: len(delta_B)],
@@ -80,7 +82,13 @@ class DomainLoss:
         known_B = domain_B >= 0
         loss_B = F.cross_entropy(logits_BE, domain_B.clamp(min=0), reduction="none") * known_B
         right_B = (logits_BE.argmax(-1) == domain_B) & known_B
-        return Outcome(loss_B=loss_B, right_B=right_B, tie_B=torch.zeros_like(right_B), domain_B=domain_B)
+        return Outcome(
+            loss_B=_weighted(loss_B, batch), right_B=right_B, tie_B=torch.zeros_like(right_B), domain_B=domain_B
+        )
+
+
+def _weighted(loss_B: Tensor, batch: Batch) -> Tensor:
+    return loss_B if batch.weight_B is None else loss_B * batch.weight_B
 
 
 def refuse_non_finite(outcome: Outcome, batch: Batch, where: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
 from moreward.data.load import assert_no_leak, check_domains, load_preferences
-from moreward.data.split import split_by_group
+from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import ConfigError, RunError
 from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
@@ -86,8 +86,9 @@ def extend(
         reports = work.fit(stages)
         work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
-    new_val = [p for p in pairs.val if p.domain == domain]
+    new_val = [p for p in pairs.val if p.domain == domain and p.token_ids is None]
     old_val = [] if old_data and not old.data.val else old_pairs.val  # without files of their own, they were trained on
+    old_val = [p for p in old_val if p.token_ids is None]
     return Extension(Path(config.out), parent, domain, old_val, new_val, difference, num_golden)
 
 
@@ -123,7 +124,14 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     """`pairs` and those of one more domain, a share of them held out."""
     domain = addition["domain"]
     loaded = load_preferences(
-        addition["data"], domain_map={"*": domain}, max_bad_share=old.data.max_bad_share, shape=addition["shape"]
+        addition["data"],
+        domain_map={"*": domain},
+        input_template=old.data.input_template,
+        tags=old.data.tags,
+        allow_token_ids=bool(old.data.tokenizer_sha256),
+        max_bad_share=old.data.max_bad_share,
+        contradiction_weight=old.data.contradiction_weight,
+        shape=addition["shape"],
     )
     if others := sorted({p.domain for p in loaded.preferences} - {domain}):
         raise ConfigError(f"--data holds rows of domain {', '.join(others)}; give the pairs of {domain!r} alone")
@@ -132,7 +140,9 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     assert_no_leak(pairs.train, sides["val"])
     assert_no_leak(sides["train"], pairs.val)
     quarantine = [*pairs.quarantine, *loaded.quarantine]
-    return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], pairs.report, quarantine)
+    missing = not_held_out(loaded.preferences, sides["val"])
+    report = {**pairs.report, "not_held_out": [*pairs.report.get("not_held_out", []), *missing]}
+    return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], report, quarantine)
 
 
 def _work(before: Scorer, config: RunConfig, domains: Sequence[str], pairs: Pairs, reporter: Reporter) -> Work:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -25,9 +25,10 @@ from torch import Tensor
 
 from moreward.checkpoint import CheckpointStore
 from moreward.config import RunConfig, deviations, resolve
-from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side
+from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side, tokenizer_sha256
+from moreward.data.books import account
 from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
-from moreward.data.split import split_by_group
+from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.features import FeatureStore, cache_folder
@@ -64,7 +65,14 @@ class Pairs:
 
     def sha256(self) -> str:
         """One hash over what is learned from, in order."""
-        return _sha256([(p.prompt, p.chosen, p.rejected, p.domain, p.margin) for p in (*self.train, *self.val)])
+        return _sha256([_learned(p) for p in (*self.train, *self.val)])
+
+
+def _learned(preference: Preference) -> list[Any]:
+    """What of a pair decides what is learned. Without what is rare, so that older runs keep their hash."""
+    p = preference
+    rare = [*([p.weight] if p.weight != 1 else []), *([asdict(p.token_ids)] if p.token_ids else [])]
+    return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *rare]
 
 
 def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
@@ -112,11 +120,15 @@ def read_pairs(config: RunConfig) -> Pairs:
         "domain": told.domain,
         "domain_key": told.domain_key,
         "domain_map": told.domain_map,
+        "input_template": told.input_template,
+        "tags": told.tags,
+        "allow_token_ids": bool(told.tokenizer_sha256),
         "max_bad_share": told.max_bad_share,
+        "contradiction_weight": told.contradiction_weight,
         "use_margin": config.train.use_margin,
     }
     loaded = load_preferences(list(told.train), **options)
-    report = {"train": _told(loaded)}
+    report: dict[str, Any] = {"train": _told(loaded)}
     if told.val:
         held_out = load_preferences(list(told.val), **options)
         assert_no_leak(loaded.preferences, held_out.preferences)
@@ -127,6 +139,7 @@ def read_pairs(config: RunConfig) -> Pairs:
         share = told.val_fraction
         sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
         quarantine = loaded.quarantine
+        report["not_held_out"] = not_held_out(loaded.preferences, sides["val"])
     return Pairs(sides["train"], sides["val"], report, quarantine)
 
 
@@ -139,14 +152,6 @@ def _told(loaded: Loaded) -> dict[str, Any]:
         "contradictions": len(loaded.contradictions),
         "skipped_files": list(map(str, loaded.skipped_files)),
     }
-
-
-def _reasons(quarantine: Sequence[Quarantined]) -> dict[str, dict[str, int]]:
-    """Rows not used: by domain, then by reason."""
-    reasons: dict[str, Counter[str]] = {}
-    for row in quarantine:
-        reasons.setdefault(row.domain, Counter())[row.reason] += 1
-    return {domain: dict(counts) for domain, counts in sorted(reasons.items())}
 
 
 @contextmanager
@@ -205,7 +210,14 @@ def make_encoder(config: RunConfig, backbone: Backbone) -> Encoder:
         raise BackboneError(
             f"data.max_length: {config.data.max_length} tokens, but backbone {config.backbone!r} has {limit} positions"
         )
-    return Encoder(load_tokenizer(config.backbone), config.data.max_length)
+    tokenizer = load_tokenizer(config.backbone)
+    declared, found = config.data.tokenizer_sha256, tokenizer_sha256(tokenizer)
+    if declared and declared != found:
+        raise BackboneError(
+            f"data.tokenizer_sha256: {declared} is declared, but the tokenizer of backbone {config.backbone!r} has "
+            f"{found}, so token ids would mean other tokens. Take the backbone that they were made for, or the texts."
+        )
+    return Encoder(tokenizer, config.data.max_length)
 
 
 class Work:
@@ -228,10 +240,13 @@ class Work:
         self.pairwise = PairwiseLoss(label_smoothing=told.label_smoothing, centering=told.centering)
         self.accelerator = make_accelerator(told, str(run))
         self.started = time.monotonic()
+        for sentence in pairs.report.get("not_held_out", ()):
+            reporter.say(sentence)
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
-        self.quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
-        write_quarantine(self.quarantine, run / "quarantine.jsonl")
+        self.books = account(pairs.quarantine, [self.train, self.val])
+        quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
+        write_quarantine(quarantine, run / "quarantine.jsonl")
 
     def _encode(self, preferences: Sequence[Preference]) -> EncodedSet:
         return encode_pairs(self.encoder, preferences, self.domains, on_long=self.config.data.on_long)
@@ -336,7 +351,7 @@ class Work:
                 **self._hashes(),
                 "train_pairs": _by_domain(self.train.pairs),
                 "val_pairs": _by_domain(self.val.pairs),
-                "not_used": _reasons(self.quarantine),
+                **self.books.to_json(),
                 "truncated": {"train": self.train.num_truncated, "val": self.val.num_truncated},
                 "standardised_on": "training pairs of each expert's stage, evenly spaced, both responses",
             },
@@ -365,9 +380,9 @@ def feature_store(name: str, backbone: Backbone) -> FeatureStore:
 
 
 def golden_items(preferences: Sequence[Preference]) -> list[Conversation]:
-    """Pairs of every domain in turn, both sides; without tools, which are not stored with them."""
+    """Pairs of every domain in turn that have texts, both sides; without tools, which are not stored with them."""
     by_domain: dict[str, list[Preference]] = {}
-    for preference in sorted(preferences, key=lambda p: (p.domain, p.name)):
+    for preference in sorted((p for p in preferences if p.token_ids is None), key=lambda p: (p.domain, p.name)):
         by_domain.setdefault(preference.domain, []).append(preference)
     in_turn = [p for row in zip_longest(*by_domain.values()) for p in row if p is not None]
     chosen = in_turn[: max(NUM_GOLDEN // 2, len(by_domain))]
