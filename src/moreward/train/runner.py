@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from moreward.checkpoint import CheckpointStore
+from moreward.checkpoint import CheckpointStore, space_errors
 from moreward.config import RunConfig, deviations, resolve
 from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side
 from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
@@ -151,7 +151,10 @@ def _reasons(quarantine: Sequence[Quarantined]) -> dict[str, dict[str, int]]:
 
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Path]:
-    """Make the run folder, or enter it again for the same configuration; no second process may enter meanwhile."""
+    """Make the run folder, or enter it again for the same configuration; no second process may enter meanwhile.
+
+    SpaceError when the disk fills up, whatever is being written.
+    """
     if not config.out:
         raise ConfigError("out: is required: the folder of the run, e.g. out=runs/a")
     run = Path(config.out)
@@ -162,7 +165,7 @@ def open_run(config: RunConfig) -> Iterator[Path]:
         lock = (run / ".lock").open("w")
     except OSError as error:
         raise RunError(f"out: {run} cannot be made or written: {error.strerror}") from error
-    with lock:
+    with lock, space_errors(run):
         if is_main_process():
             _hold(lock, run)
             _settle_config(config, run)
@@ -231,7 +234,8 @@ class Work:
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
         self.quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
-        write_quarantine(self.quarantine, run / "quarantine.jsonl")
+        if self.accelerator.is_main_process:
+            write_quarantine(self.quarantine, run / "quarantine.jsonl")
 
     def _encode(self, preferences: Sequence[Preference]) -> EncodedSet:
         return encode_pairs(self.encoder, preferences, self.domains, on_long=self.config.data.on_long)
