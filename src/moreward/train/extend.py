@@ -67,7 +67,7 @@ def extend(
     card = before.card
     old = RunConfig.model_validate(card["config"])
     recipe = find_recipe(old.recipe)
-    if not recipe.routes_by_domain:
+    if not issubclass(recipe, RoutedSystem):
         raise ConfigError(f"recipe {old.recipe!r} has no expert per domain, so it cannot be extended: train it again")
     if not domain.strip():
         raise ConfigError("--domain: is empty; give the new domain a name")
