@@ -177,15 +177,15 @@ def assert_says_so_and_keeps_what_was_complete(said: str, run: Path, num_kept: i
     assert all(verify_folder(p) == [] for p in kept)
 
 
-def test_a_real_disk_that_fills_up_during_training_costs_only_time(killable: Killable, tmp_path: Path) -> None:
+def test_a_real_disk_that_fills_up_during_training_costs_only_time(killable: Killable) -> None:
     """A tmpfs that another file fills but for 700 kB, in a mount namespace of its own that ends with the process."""
-    disk, full, kept = tmp_path / "disk", killable.folder / "when-full", killable.folder / "small-disk"
+    disk, full, kept = (killable.folder / name for name in ("small-disk", "when-full", "small-disk-at-the-end"))
     mount = f'mount -t tmpfs -o size=4m tmpfs "{disk}"'
-    train = f'"{sys.executable}" -m moreward {" ".join(killable.words)} out="{disk}/run"'
+    train = f'"{sys.executable}" -m moreward {" ".join(killable.words)} out="{disk}"'
     script = f"""
         {mount} && head -c 3400000 /dev/zero > "{disk}/other"
-        {train}; test $? -eq 4 && cp -r "{disk}/run" "{full}" && rm "{disk}/other" &&
-        echo "now there is space" >&2 && {train} && cp -r "{disk}/run" "{kept}"
+        {train}; test $? -eq 4 && cp -r "{disk}" "{full}" && rm "{disk}/other" &&
+        echo "now there is space" >&2 && {train} && cp -r "{disk}" "{kept}"
     """
     disk.mkdir()
     if not shutil.which("unshare") or in_a_namespace(mount).returncode:
@@ -196,7 +196,7 @@ def test_a_real_disk_that_fills_up_during_training_costs_only_time(killable: Kil
     assert re.search(r"no space: need 0\.\d MB have 0\.\d MB in .*checkpoints.*older checkpoints are kept", before)
     assert_says_so_and_keeps_what_was_complete(before, full, 4)
     assert "going on from step" in after
-    killable.check("small-disk")
+    killable.check(kept.name)
 
 
 def in_a_namespace(script: str) -> subprocess.CompletedProcess[str]:
