@@ -19,7 +19,6 @@ from moreward.scoring import Scorer, load
 from moreward.types import Conversation, Preference
 from trained import trained
 
-KINDS = ("bert", "deberta-v2", "llama", "roberta")
 Make = Callable[..., Path]
 
 
@@ -73,8 +72,9 @@ def test_a_prompt_is_routed_once_for_all_its_responses(make: Make, kind: str, mo
     assert [r.expert for r in rewards[6:8]] == [r.expert for r in alone]
 
 
-@pytest.mark.parametrize("recipe", ["arliss", "rodos", "more", "baseline"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [("bert", "arliss"), ("deberta-v2", "arliss"), ("llama", "rodos"), ("roberta", "more")]
+)
 def test_deterministic_rewards_do_not_depend_on_batch_mates_to_the_last_bit(make, items, kind, recipe):
     scorer = load(make(recipe, kind), deterministic=True)
     alone = {item.id: scorer.score([item])[0].reward for item in items[:24]}
@@ -84,7 +84,7 @@ def test_deterministic_rewards_do_not_depend_on_batch_mates_to_the_last_bit(make
         assert [r.reward for r in scorer.score(company)] == [alone[item.id] for item in company]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
 def test_deterministic_rewards_are_the_ordinary_ones_but_for_rounding(make, items, kind):
     free, fixed = load(make("arliss", kind)), load(make("arliss", kind), deterministic=True)
     a, b = (torch.tensor([r.reward for r in s.score(items)]) for s in (free, fixed))
@@ -117,17 +117,14 @@ def test_bf16_is_a_choice_and_its_price_is_shown(make, pairs):
     prices = dtype_check(fp32, bf16, pairs)
     assert [p.domain for p in prices] == ["long", "short", "all"]
     margins = [
-        torch.tensor(
-            [s.score([side(p, "chosen")])[0].reward - s.score([side(p, "rejected")])[0].reward for p in pairs],
-            dtype=torch.float64,
-        )
-        for s in (fp32, bf16)
+        torch.tensor([a.reward - b.reward for a, b in zip(r[::2], r[1::2], strict=True)], dtype=torch.float64)
+        for r in (s.score([side(p, which) for p in pairs for which in ("chosen", "rejected")]) for s in (fp32, bf16))
     ]
     everything = prices[-1]
     assert everything.num_pairs == len(pairs)
-    assert everything.flipped == pytest.approx(float(((margins[0] > 0) != (margins[1] > 0)).double().mean()), abs=0.051)
+    assert everything.flipped == float(((margins[0] > 0) != (margins[1] > 0)).double().mean())
     wanted = float((margins[1] - margins[0]).square().mean().sqrt() / margins[0].std(correction=0))
-    assert everything.margin_error == pytest.approx(wanted, rel=0.1)
+    assert everything.margin_error == pytest.approx(wanted)
     assert "margin error" in render_dtype(prices)
     same = dtype_check(fp32, fp32, pairs)[-1]
     assert (same.flipped, same.rerouted, same.margin_error) == (0, 0, 0)

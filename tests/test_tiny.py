@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from moreward.types import Preference
-from tiny import DECODERS, ENCODERS, KINDS, MAX_POSITIONS, make_backbone
+from tiny import DECODERS, ENCODERS, KINDS, MAX_POSITIONS, make_backbone, make_tokenizer
 
 TEXT = "What is the capital of France?"
 
@@ -87,3 +87,9 @@ def test_the_pairs_disagree_between_domains(pairs: Sequence[Preference]) -> None
 
 def test_the_session_runs_on_one_thread() -> None:
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_is_the_same_each_time(kind: str) -> None:
+    one, two = (make_tokenizer(kind).backend_tokenizer.to_str() for _ in range(2))
+    assert one == two

@@ -55,23 +55,31 @@ def _word_piece(specials: tuple[str, ...]) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=list(specials), show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    # The trainer numbers the inner letters in the order of a hash map, which is another one at each call, and breaks
+    # ties by number; named beforehand they have theirs. They are no special tokens of the tokenizer itself.
+    inner = [f"##{letter}" for letter in sorted(set("".join(SENTENCES).lower()) - {" "})]
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=[*specials, *inner], show_progress=False)
+    trained = Tokenizer.from_str(tokenizer.to_str())
+    trained.train_from_iterator(SENTENCES, trainer)
+    tokenizer.model = models.WordPiece(trained.get_vocab(), unk_token="[UNK]")
     return tokenizer
 
 
 def _unigram(specials: tuple[str, ...]) -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
+    """Pieces of a BPE, the earlier the likelier: the trainer of Unigram gives other pieces at each call."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - 1,  # [MASK] is added behind the trained pieces, as in the published tokenizer
         special_tokens=list(specials),
-        unk_token="[UNK]",
         show_progress=False,
     )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    bpe.train_from_iterator(SENTENCES, trainer)
+    pieces = sorted(bpe.get_vocab().items(), key=lambda piece: piece[1])
+    scores = [(piece, 0.0 if piece in specials else -5 - number / 100) for piece, number in pieces]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=specials.index("[UNK]")))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = bpe.normalizer, bpe.pre_tokenizer
+    tokenizer.decoder = decoders.Metaspace()
     return tokenizer
 
 

@@ -354,7 +354,6 @@ def _load_pairs(
         domain=told["domain"],
         domain_key=domain_key or told["domain_key"],
         domain_map=told["domain_map"],
-        input_template=told.get("input_template", ""),
         tags=told.get("tags"),
         max_bad_share=told["max_bad_share"],
         use_margin=False,

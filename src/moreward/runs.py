@@ -60,12 +60,15 @@ def write_model(run: Path, system: System, encoder: Encoder, card: dict[str, Any
     temporary = run / f".model-{os.getpid()}"
     for left in run.glob(".model-*"):  # of writes that were cut short
         shutil.rmtree(left)
-    with space_errors(run):
-        _write_files(temporary, system, encoder, card)
     target = run / "model"
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    fsync_path(run)
+    try:
+        with space_errors(run):
+            _write_files(temporary, system, encoder, card)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            fsync_path(run)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -108,7 +111,7 @@ def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System,
     recipe = find_recipe(config.recipe)
     settings = recipe.Config.model_validate(config.system)
     tokenizer = load_tokenizer(str(folder / "backbone"))
-    encoder = Encoder(tokenizer, config.data.max_length)
+    encoder = Encoder(tokenizer, config.data.max_length, config.data.input_template)
     with torch.random.fork_rng(devices=[]):
         system = recipe(settings, _load_backbone(folder, card, backbone), card["domains"])
     from safetensors.torch import load_file

@@ -465,3 +465,22 @@ def test_conversations_make_a_batch_too_and_truncation_is_marked(make_encoder: M
     assert batch.truncated_N.tolist() == [False, True, True, False]
     assert batch.prompt_of_N.tolist() == [0, 0, 0, 0]
     assert batch.ids_NT.shape == (4, 40)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_input_template_goes_around_prompts_that_are_plain_text_and_no_others(kind, tiny_backbone):
+    """In the encoder, so that training, evaluation and scoring cannot differ."""
+    tokenizer = load_tokenizer(str(tiny_backbone(kind)))
+    framing, plain = Encoder(tokenizer, 200, "User: {}\nAssistant: "), Encoder(tokenizer, 200)
+
+    def encoded(encoder, prompt):
+        return encoder.conversation(Conversation(prompt=prompt, response="Hello!"))
+
+    assert encoded(framing, "a {b} {} c") == encoded(plain, "User: a {b} {} c\nAssistant: ")
+    assert encoded(framing, "") == encoded(plain, "")
+    turns = ({"role": "user", "content": "Hi"},)
+    assert encoded(framing, turns) == encoded(plain, turns)
+    pair = Preference(prompt="Hi", chosen="a", rejected="b")
+    with framing.reading_ahead([pair]):
+        ahead = framing.pair(pair)
+    assert ahead == framing.pair(pair)

@@ -167,22 +167,6 @@ def test_shapes_may_change_from_row_to_row(tmp_path):
     assert len(load_preferences(write(tmp_path / "x.jsonl", rows)).preferences) == 3
 
 
-def test_the_input_template_goes_around_prompts_that_are_plain_text_and_no_others(tmp_path):
-    turns = [{"role": "user", "content": "q"}]
-    said = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
-    rows = [row(0, prompt="a {b} {} c"), {"prompt": turns, **said}, {"chosen": "whole text", "rejected": "another"}]
-    path = write(tmp_path / "x.jsonl", rows)
-    told = load_preferences(path, input_template="User: {}\nAssistant: ").preferences
-    assert [p.prompt for p in told] == ["User: a {b} {} c\nAssistant: ", tuple(turns), ""]
-    assert [p.chosen for p in told] == [p.chosen for p in load_preferences(path).preferences]
-
-
-@pytest.mark.parametrize("template", ["User: ", "{} and {}", "{0}"])
-def test_an_input_template_without_one_place_for_the_prompt_is_refused(template, tmp_path):
-    with pytest.raises(ConfigError, match=r"input_template: must hold \{\} exactly once"):
-        load_preferences(write(tmp_path / "x.jsonl", [row(0)]), input_template=template)
-
-
 def test_tags_say_how_sharegpt_rows_spell_keys_and_roles(tmp_path):
     turn = {"who": "me", "said": "Hi"}
     talk = {"conversations": [turn], "chosen": {"who": "it", "said": "A"}, "rejected": {"who": "it", "said": "B"}}

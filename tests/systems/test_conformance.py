@@ -28,7 +28,7 @@ from moreward.nn.experts import Standardize
 from moreward.registry import find_recipe, recipe_names
 from moreward.runs import read_model
 from moreward.scoring import Scorer, load
-from moreward.systems._base import Stage, System
+from moreward.systems._base import RoutedSystem, Stage, System
 from moreward.train.runner import Pairs, Work, train_on
 from moreward.types import Batch, Conversation, Preference, RoutedReward
 
@@ -84,7 +84,7 @@ def handful(pairs: Sequence[Preference], recipe: str) -> list[Preference]:
     """Four pairs of each domain, four prompts a domain. Domains disagree where there is an expert for each; a single
     model on a frozen random trunk could not tell them apart, so there both prefer the short answer."""
     few = [p for domain in ("short", "long") for p in [q for q in pairs if q.domain == domain][:8:2]]
-    if find_recipe(recipe).routes_by_domain:
+    if issubclass(find_recipe(recipe), RoutedSystem):
         return few
     return [
         replace(p, chosen=min(p.chosen, p.rejected, key=len), rejected=max(p.chosen, p.rejected, key=len)) for p in few
@@ -149,7 +149,7 @@ def names_to_move(system: System, stage: Stage) -> set[str]:
 @torch.no_grad()
 def judged_by_each(system: System, batch: Batch) -> Tensor | None:
     """`reward_NE` of every expert, each in a forward of its own; None where a recipe has no expert per domain."""
-    if not system.routes_by_domain:
+    if not isinstance(system, RoutedSystem):
         return None
     was_training = system.training
     system.eval()
@@ -211,11 +211,9 @@ def test_one_finite_reward_per_conversation(trained: Trained) -> None:
         torch.testing.assert_close(output.routing.weights_NK.sum(1), torch.ones(16))
 
 
-def test_it_fits_a_handful_of_pairs_and_its_negation_gets_the_others(trained: Trained) -> None:
-    # All but one: on a random trunk this small, one pair may hang on the last digits of the machine's products.
-    fitted = evaluate(trained.few, *judged(trained.few, trained.scorer)).micro.accuracy
-    assert fitted >= 7 / 8
-    assert evaluate(trained.few, *judged(trained.few, trained.scorer, sign=-1.0)).micro.accuracy == 1 - fitted
+def test_it_fits_a_handful_of_pairs_and_its_negation_gets_none_right(trained: Trained) -> None:
+    assert evaluate(trained.few, *judged(trained.few, trained.scorer)).micro.accuracy == 1.0
+    assert evaluate(trained.few, *judged(trained.few, trained.scorer, sign=-1.0)).micro.accuracy == 0.0
 
 
 @settings(max_examples=8)
@@ -251,7 +249,7 @@ def logits_for(scorer: Scorer, prompt: str, response: str) -> Tensor | None:
 
 
 def test_a_router_over_domains_never_sees_the_response(trained: Trained) -> None:
-    if not trained.system.routes_by_domain:
+    if not isinstance(trained.system, RoutedSystem):
         pytest.skip("no router over domains")
     logits = [logits_for(trained.scorer, trained.few[0].prompt, response) for response in RESPONSES]
     assert all(torch.equal(one, logits[0]) for one in logits)
@@ -312,7 +310,7 @@ def test_every_parameter_above_the_transformer_is_learned_by_some_stage(trained:
 
 
 def test_no_stage_touches_the_rewards_of_an_expert_that_is_not_its_own(trained: Trained) -> None:
-    if not trained.system.routes_by_domain:
+    if not isinstance(trained.system, RoutedSystem):
         pytest.skip("no expert per domain")
     for number, move in enumerate(trained.moves):
         before_NE, after_NE = move.judged

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,61 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints import assert_holds
+from killing import ENVIRONMENT
 from moreward import checkpoint as module
 from moreward.checkpoint import CheckpointStore, sha256_file, verify_folder, write_json, write_manifest
 from moreward.errors import ConfigError, RunError, SpaceError
 
-SOURCE = Path(module.__file__).resolve().parents[1]
 HASHES = {"config_sha256": "c" * 64, "base_sha256": "b" * 64}
 OUR_FILES = ("model.safetensors", "optimizer.safetensors", "best.safetensors", "rng.safetensors", "state.json")
-Tensors = Mapping[str, Mapping[str, torch.Tensor]]
-
-# A process that loads torch once and then, for each line "FOLDER FIRST_STEP CRASH_AT" it reads, forks a child that
-# saves step after step and notes each save that returned. CRASH_AT > 0 ends the child, as kill -9 would, at that
-# one of its calls that change the disk.
-SAVERS = """
-import itertools, os, shutil, signal, sys
-from pathlib import Path
-import torch
-from moreward.checkpoint import CheckpointStore
-
-def content(step):
-    bits = torch.Generator().manual_seed(step)
-    groups = {"model": 3000, "optimizer": 6000, "best": 100}
-    return {name: {"w": torch.randn(size, generator=bits)} for name, size in groups.items()}
-
-def crash_at(number):
-    calls = itertools.count(1)
-    def counted(call):
-        def run(*args, **kwargs):
-            if next(calls) == number:
-                os._exit(9)
-            return call(*args, **kwargs)
-        return run
-    for holder, name in [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink")]:
-        setattr(holder, name, counted(getattr(holder, name)))
-
-def save_on(folder, step, crash):
-    acknowledged = os.open(folder + ".saved", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    store = CheckpointStore(Path(folder), hashes={"config_sha256": "c"})
-    if crash:
-        crash_at(crash)
-    for step in itertools.count(step):
-        store.save(step, content(step), {"step": step})
-        os.write(acknowledged, b"%d\\n" % step)
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for line in sys.stdin:
-        folder, step, crash = line.split()
-        child = os.fork()
-        if child == 0:
-            try:
-                save_on(folder, int(step), int(crash))
-            finally:
-                os._exit(1)
-        print(child, flush=True)
-"""
 
 
 def store_in(folder: Path, **hashes: str) -> CheckpointStore:
@@ -84,19 +35,6 @@ def content(step: int) -> dict[str, dict[str, torch.Tensor]]:
     bits = torch.Generator().manual_seed(step)
     names = ("model", "optimizer", "best", "rng")
     return {name: {f"{name}.w": torch.randn(4, 3, generator=bits), "n": torch.tensor(step)} for name in names}
-
-
-def bits_of(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
-    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-    return tensor.dtype, tensor.shape, flat.view(torch.uint8).numpy().tobytes()
-
-
-def assert_holds(found: module.Checkpoint | None, step: int, tensors: Tensors, state: Mapping[str, object]) -> None:
-    assert found is not None
-    assert (found.step, found.state) == (step, state)
-    for name, group in tensors.items():
-        loaded = found.tensors(name)
-        assert {k: bits_of(v) for k, v in loaded.items()} == {k: bits_of(v) for k, v in group.items()}
 
 
 @pytest.fixture
@@ -493,7 +431,7 @@ def test_a_real_full_disk_is_refused_before_and_survived_in_the_middle(tmp_path:
         ["unshare", "-rm", "sh", "-c", run, ON_A_SMALL_DISK],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        env=ENVIRONMENT,
         timeout=60,
     )
     assert child.returncode == 0, child.stderr
@@ -501,97 +439,3 @@ def test_a_real_full_disk_is_refused_before_and_survived_in_the_middle(tmp_path:
     assert before.startswith("refused no space: need 2.4 MB have 1.3 MB")
     assert "filled up while writing" in middle
     assert after == "went on"
-
-
-# ---------------------------------------------------------------- kill -9
-
-
-class Savers:
-    """The process of SAVERS, and what must hold of a folder after one of its children died."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        scope: dict[str, object] = {"__name__": "savers"}
-        exec(SAVERS, scope)
-        self.content: Callable[[int], Tensors] = scope["content"]  # type: ignore[assignment]
-
-    def start(self, folder: Path, step: int, crash_at: int = 0) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{folder} {step} {crash_at}\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def check(self, folder: Path) -> int:
-        """Resume as a run would. The step found, which is no older than the last save that returned."""
-        store = CheckpointStore(folder, hashes={"config_sha256": "c"})
-        store.clean()
-        assert not list(folder.glob("tmp-*"))
-        saved = [int(line) for line in Path(f"{folder}.saved").read_text().split()]
-        found = store.newest()
-        if found is None:
-            assert not saved
-            return 0
-        assert_holds(found, found.step, self.content(found.step), {"step": found.step})
-        assert found.step >= max(saved, default=0)
-        return found.step
-
-
-@pytest.fixture(scope="module")
-def savers() -> Iterator[Savers]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SAVERS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
-    )
-    with process:
-        yield Savers(process)
-        process.kill()
-
-
-def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"process {pid} did not end")
-
-
-def test_ten_kills_at_random_instants_lose_nothing_that_was_saved(savers: Savers, tmp_path: Path) -> None:
-    folder, step, delays = tmp_path / "checkpoints", 0, random.Random(7)
-    inside = 0
-    for _ in range(10):
-        child = savers.start(folder, step + 1)
-        time.sleep(delays.uniform(0.02, 0.25))
-        os.kill(child, 9)
-        wait_for_end(child)
-        inside += any(folder.glob("tmp-*"))
-        reached = savers.check(folder)
-        assert reached >= step
-        step = reached
-    assert step >= 10, "the saver must get somewhere between two kills"
-    assert inside >= 3, "some kills must fall inside a save"
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["new steps", "a step saved again"])
-def test_a_death_at_any_change_to_the_disk_leaves_a_good_checkpoint(
-    savers: Savers, tmp_path: Path, again: bool
-) -> None:
-    """Every call that changes the disk in two saves, one after the other; the second also prunes or replaces."""
-    ready = tmp_path / "ready"
-    store = CheckpointStore(ready, hashes={"config_sha256": "c"})
-    for step in (1, 2):
-        store.save(step, savers.content(step), {"step": step})
-    found = set()
-    for crash_at in range(1, 42):
-        folder = tmp_path / f"crash-{crash_at}"
-        shutil.copytree(ready, folder)
-        Path(f"{folder}.saved").write_text("2\n")
-        wait_for_end(savers.start(folder, 2 if again else 3, crash_at))
-        found.add(savers.check(folder))
-    assert found >= ({2, 3} if again else {2, 3, 4})

@@ -1,16 +1,12 @@
-"""One stage: what a step computes, when it stops, which weights it leaves, and that a cut makes no difference.
-
-The module is a bag of token vectors with a head: real tensors and gradients, a millisecond a step.
-"""
+"""One stage: what a step computes, when it stops, which weights it leaves."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,110 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moreward.checkpoint import CheckpointStore, verify_folder
+from bags import DOMAINS, Bag, copied, fitting, same
 from moreward.config import TrainConfig
 from moreward.data.batches import EncodedPair, Encoder, encode_pairs, pair_batch
-from moreward.errors import ConfigError, NonFiniteError, RunError
+from moreward.errors import ConfigError
 from moreward.nn.backbone import load_tokenizer
-from moreward.nn.experts import Standardize
 from moreward.nn.losses import Outcome, PairwiseLoss
-from moreward.systems._base import Stage
-from moreward.train.loop import STANDARDIZE_PAIRS, Fit, Surroundings, make_accelerator, schedule
+from moreward.train.loop import STANDARDIZE_PAIRS, make_accelerator, schedule
 from moreward.train.plan import epoch_batches, stable_seed
-from moreward.train.track import MetricsFile, Silent
 from moreward.types import Batch, Preference, Rewards
-
-DOMAINS = ("long", "short")
-
-
-class Bag(nn.Module):
-    """The mean of token vectors, dropout, a linear map. `seen` tells of each forward: in training or not, which rows,
-    how many places dropout cleared."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.tokens, self.head = nn.Embedding(320, 8), nn.Linear(8, 1, bias=False)
-        self.scale, self.idle = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
-        self.dropout = nn.Dropout(dropout)
-        self.standardize = Standardize()
-        self.seen: list[tuple[bool, tuple[str, ...], int]] = []
-        self.before: Callable[[], None] = lambda: None
-
-    def forward(self, batch: Batch) -> Rewards:
-        self.before()
-        mask_NT1 = batch.mask_NT.unsqueeze(-1)
-        mean_ND = (self.tokens(batch.ids_NT) * mask_NT1).sum(1) / mask_NT1.sum(1)
-        dropped_ND = self.dropout(mean_ND * self.scale)
-        self.seen.append((self.training, batch.names, int((dropped_ND == 0).sum())))
-        return Rewards(reward_N=self.standardize(self.head(dropped_ND).squeeze(-1) + 0 * self.idle.sum()))
-
-    def num_steps(self) -> int:
-        return sum(training for training, _, _ in self.seen)
-
-
-def copied(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in module.named_parameters()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
 @pytest.fixture(scope="module")
 def encoded(tiny_backbone: Callable[[str], Path], pairs: Sequence[Preference]) -> list[EncodedPair]:
     encoder = Encoder(load_tokenizer(str(tiny_backbone("bert"))), 96)
     return encode_pairs(encoder, pairs, DOMAINS, on_long="truncate").pairs
-
-
-@dataclass
-class Fitting:
-    """A stage ready to run in a folder; a second one on the same folder goes on with the first."""
-
-    fit: Fit
-    bag: Bag
-    folder: Path
-
-    def run(self) -> dict[str, Any]:
-        return self.fit.run()
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def fitting(
-    folder: Path,
-    train: Sequence[EncodedPair],
-    val: Sequence[EncodedPair] = (),
-    *,
-    dropout: float = 0.0,
-    objective: Any = None,
-    seed: int = 0,
-    **settings: Any,
-) -> Fitting:
-    config = TrainConfig(**{"learning_rate": 0.02, "batch_size": 8, "device": "cpu", **settings})
-    folder.mkdir(exist_ok=True)
-    bag = Bag(dropout)
-    stage = Stage(
-        name="expert/a",
-        module=bag,
-        learn=tuple(bag.parameters()),
-        objective=objective or PairwiseLoss(label_smoothing=config.label_smoothing, centering=config.centering),
-        standardize=bag.standardize,
-    )
-    around = Surroundings(
-        accelerator=make_accelerator(config, str(folder)),
-        config=config,
-        seed=seed,
-        pad_id=0,
-        domains=DOMAINS,
-        metrics=MetricsFile(folder / "metrics.jsonl"),
-        reporter=Silent(),
-    )
-    names = {**dict(bag.named_parameters()), **dict(bag.named_buffers())}
-    store = CheckpointStore(folder / "checkpoints", hashes={"config_sha256": "c"})
-    return Fitting(Fit(stage, names, train, val, around, store), bag, folder)
 
 
 # ---------------------------------------------------------------- a step
@@ -454,147 +361,6 @@ def test_zero_and_unit_come_from_rows_of_the_whole_data(encoded: list[EncodedPai
     names = {n for training, names, _ in made.bag.seen if not training for n in names}
     assert int(made.bag.standardize.num) == 2 * STANDARDIZE_PAIRS
     assert len(names) > 30, "the first rows alone would be of half as many pairs"
-
-
-# ---------------------------------------------------------------- numbers that are none
-
-
-def test_an_infinite_loss_stops_before_the_step_and_names_the_row(encoded: list[EncodedPair], tmp_path: Path) -> None:
-    # 8 steps are an epoch, so the rows of step 7 are met there first.
-    settings: dict[str, Any] = {"epochs": 3, "checkpoint_every": 2, "batch_size": 5}
-    clean = fitting(tmp_path / "clean", encoded, **settings)
-    before: list[dict[str, Tensor]] = []
-    clean.bag.before = lambda: before.append(copied(clean.bag))
-    clean.run()
-    name = clean.bag.seen[7][1][2]
-    poisoned = [
-        replace(p, preference=replace(p.preference, margin=math.inf)) if p.preference.name == name else p
-        for p in encoded
-    ]
-    made = fitting(tmp_path / "bad", poisoned, **settings)
-    with pytest.raises(NonFiniteError, match=rf"expert/a, step 7: .*Rows: {name}$"):
-        made.run()
-    assert same(copied(made.bag), before[7]), "the weights that step 6 left"
-    newest = made.fit.store.newest()
-    assert newest is not None
-    assert (newest.step, made.fit.store.skipped, verify_folder(newest.path)) == (6, [], [])
-    assert same({k: v for k, v in newest.tensors("model").items() if k in before[6]}, before[6])
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_step(encoded: list[EncodedPair], tmp_path: Path) -> None:
-    made = fitting(tmp_path, encoded, epochs=2)
-    weight = made.bag.head.weight
-    calls = itertools.count()
-    weight.register_hook(lambda g: g * math.nan if next(calls) == 3 else g)
-    before: list[dict[str, Tensor]] = []
-    made.bag.before = lambda: before.append(copied(made.bag))
-    with pytest.raises(NonFiniteError, match="expert/a, step 3: the gradient is not finite") as caught:
-        made.run()
-    assert len(before) == 4
-    assert same(copied(made.bag), before[3])
-    assert all(name in str(caught.value) for name in made.bag.seen[3][1])
-
-
-# ---------------------------------------------------------------- cut short
-
-
-class Cut(BaseException):
-    """Ends a run where it stands."""
-
-
-RESUMED: list[dict[str, Any]] = [
-    {"checkpoint_every": 1},
-    {"checkpoint_every": 4, "dropout": 0.3, "accumulate": 2},
-    {"checkpoint_every": 2, "dropout": 0.3, "domain_temperature": 4.0, "eval_every": 0.4, "patience": 0},
-    {"checkpoint_every": 3, "dropout": 0.1, "metric": "loss", "patience": 1, "eval_every": 0.2, "learning_rate": 0.5},
-]
-
-
-@pytest.mark.parametrize("settings", RESUMED, ids=str)
-def test_a_stage_cut_anywhere_ends_with_the_same_bits(
-    settings: dict[str, Any], encoded: list[EncodedPair], tmp_path: Path
-) -> None:
-    sides = (encoded[:34], encoded[34:])
-    whole = fitting(tmp_path / "whole", *sides, epochs=3, **settings)
-    report = whole.run()
-    num_forwards = len(whole.bag.seen)
-    for cut in range(1, num_forwards, 1 + num_forwards // 16):
-        folder = tmp_path / f"cut-{cut}"
-        first = fitting(folder, *sides, epochs=3, **settings)
-        first.bag.before = lambda first=first, cut=cut: _cut_at(first.bag, cut)
-        with pytest.raises(Cut):
-            first.run()
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"stage": "exp')
-        second = fitting(folder, *sides, epochs=3, **settings)
-        again = second.run()
-        assert same(copied(second.bag), copied(whole.bag)), f"cut at forward {cut}"
-        assert torch.equal(second.bag.standardize.mean, whole.bag.standardize.mean)
-        assert second.metrics() == whole.metrics()
-        assert {k: again[k] for k in ("best_step", "steps", "evals")} == {
-            k: report[k] for k in ("best_step", "steps", "evals")
-        }
-
-
-def _cut_at(bag: Bag, number: int) -> None:
-    if len(bag.seen) == number:
-        raise Cut
-
-
-def test_a_finished_stage_is_read_back_without_a_step(encoded: list[EncodedPair], tmp_path: Path) -> None:
-    first = fitting(tmp_path, encoded, encoded[:8], epochs=2)
-    report = first.run()
-    second = fitting(tmp_path, encoded, encoded[:8], epochs=2)
-    assert second.run() == report
-    assert second.bag.seen == []
-    assert same(copied(second.bag), copied(first.bag))
-    assert torch.equal(second.bag.standardize.std, first.bag.standardize.std)
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "no optimizer", "empty folder"])
-def test_a_damaged_newest_checkpoint_is_passed_over(damage: str, encoded: list[EncodedPair], tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"epochs": 2, "checkpoint_every": 2, "dropout": 0.2}
-    whole = fitting(tmp_path / "whole", encoded, encoded[:6], **settings)
-    whole.run()
-    first = fitting(tmp_path / "cut", encoded, encoded[:6], **settings)
-    first.bag.before = lambda: _cut_at(first.bag, len(whole.bag.seen) - 4)
-    with pytest.raises(Cut):
-        first.run()
-    newest, older = sorted((tmp_path / "cut" / "checkpoints").iterdir(), reverse=True)
-    _damage(newest, damage)
-    second = fitting(tmp_path / "cut", encoded, encoded[:6], **settings)
-    report = second.run()
-    assert report["resumed_from_step"] == int(older.name.removeprefix("step-"))
-    assert same(copied(second.bag), copied(whole.bag))
-    assert second.metrics() == whole.metrics()
-
-
-def _damage(folder: Path, how: str) -> None:
-    model = folder / "model.safetensors"
-    if how == "flip":
-        raw = bytearray(model.read_bytes())
-        raw[-5] ^= 1
-        model.write_bytes(raw)
-    elif how == "cut":
-        model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
-    elif how == "no optimizer":
-        (folder / "optimizer.safetensors").unlink()
-    else:
-        for file in folder.iterdir():
-            file.unlink()
-
-
-def test_no_good_checkpoint_is_an_error_and_never_a_fresh_start(encoded: list[EncodedPair], tmp_path: Path) -> None:
-    first = fitting(tmp_path, encoded, epochs=2, checkpoint_every=2)
-    first.bag.before = lambda: _cut_at(first.bag, 7)
-    with pytest.raises(Cut):
-        first.run()
-    for folder in (tmp_path / "checkpoints").iterdir():
-        _damage(folder, "cut")
-    second = fitting(tmp_path, encoded, epochs=2, checkpoint_every=2)
-    with pytest.raises(RunError, match="no checkpoint is good"):
-        second.run()
-    assert second.bag.seen == []
 
 
 def test_another_number_of_processes_than_asked_is_refused(tmp_path: Path) -> None:

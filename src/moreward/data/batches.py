@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -66,8 +66,10 @@ class Encoder:
     `max_length` is cut from the start: the prompt goes first, the end of the response stays.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, input_template: str = "") -> None:
+        """`input_template` holds one `{}`, where a prompt that is plain text is put."""
         self.tokenizer = tokenizer
+        self.before, _, self.after = input_template.partition("{}")
         self.max_length = max_length
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -88,6 +90,8 @@ class Encoder:
             if self.has_template:
                 return self._templated(item)
             item = Conversation(prompt=_as_text(item.prompt), response=_as_text(item.response), id=item.id)
+        else:
+            item = replace(item, prompt=self._framed(item.prompt))
         prompt, response = self._plain(str(item.prompt)), self._plain(str(item.response))
         if not self.joins_pairs:
             eos = self._suffix
@@ -140,12 +144,16 @@ class Encoder:
     def reading_ahead(self, preferences: Sequence[Preference]) -> Iterator[None]:
         """Within this context the plain texts of these pairs are known: tokenised together, which is several times
         faster than one by one."""
-        texts = {t for p in preferences for t in (p.prompt, p.chosen, p.rejected) if isinstance(t, str)}
+        texts = {t for p in preferences for t in (p.chosen, p.rejected) if isinstance(t, str)}
+        texts |= {self._framed(p.prompt) for p in preferences if isinstance(p.prompt, str)}
         self._ahead = dict(zip(texts, self._tokenise(list(texts)), strict=True)) if self.joins_pairs else {}
         try:
             yield
         finally:
             self._ahead = {}
+
+    def _framed(self, prompt: str) -> str:
+        return f"{self.before}{prompt}{self.after}" if prompt.strip() else prompt
 
     def _plain(self, text: str) -> list[int]:
         return self._ahead[text] if text in self._ahead else self._tokenise([text])[0]

@@ -38,7 +38,7 @@ from moreward.data.shapes import SHAPES, Shape
 from moreward.data.sources import READERS, files_of, find_sources, read_rows, retagged
 from moreward.data.split import linked_groups
 from moreward.data.values import Row, RowError, optional_text
-from moreward.errors import ConfigError, DataError
+from moreward.errors import DataError
 from moreward.types import NO_DOMAIN, Preference, text_key
 
 FORMATS: Mapping[str, Shape] = {**SHAPES, **BENCHMARKS}
@@ -101,17 +101,12 @@ class _Rules:
     domain: str
     domain_key: str
     domain_map: Mapping[str, str]
-    input_template: str
     tags: Mapping[str, str]
     allow_empty_prompt: bool
     allow_token_ids: bool
 
-    def __post_init__(self) -> None:
-        if self.input_template and self.input_template.count("{}") != 1:
-            raise ConfigError(f"input_template: must hold {{}} exactly once (got {self.input_template!r})")
-
     def convert(self, raw: RawRow) -> Converted:
-        converted = convert_row(
+        return convert_row(
             retagged(raw.row, self.tags) if self.tags else raw.row,
             shape=self.shape,
             fields=self.fields,
@@ -120,15 +115,6 @@ class _Rules:
             allow_empty_prompt=self.allow_empty_prompt,
             allow_token_ids=self.allow_token_ids,
         )
-        return replace(converted, preferences=[self.framed(p) for p in converted.preferences])
-
-    def framed(self, preference: Preference) -> Preference:
-        """With the template around its prompt, where that is plain text."""
-        prompt = preference.prompt
-        if not self.input_template or not isinstance(prompt, str) or not prompt.strip():
-            return preference
-        before, after = self.input_template.split("{}")
-        return replace(preference, prompt=f"{before}{prompt}{after}")
 
     def named(self, row: Row) -> str:
         """The domain in the `domain_key` column."""
@@ -250,7 +236,6 @@ def load_preferences(
     domain: str | None = None,
     domain_key: str | None = None,
     domain_map: Mapping[str, str] | None = None,
-    input_template: str = "",
     tags: Mapping[str, str] | None = None,
     max_bad_share: float = 0.01,
     contradiction_weight: float = 1.0,
@@ -268,7 +253,6 @@ def load_preferences(
         domain: the domain of rows that name none.
         domain_key: a column that names the domain where `domain` does not.
         domain_map: a file-name pattern, or a domain as the data spells it, to a domain.
-        input_template: text with one `{}`, where prompts that are plain text are put (conversations stay as they are).
         tags: how sharegpt rows spell the keys and roles of turns, under LLaMA-Factory's names (`role_tag`, ...).
         max_bad_share: the share of rows that may be quarantined; see `reasons.NOT_BAD` for what does not count.
         contradiction_weight: of both pairs of a contradiction within one domain; all others weigh 1.
@@ -287,7 +271,6 @@ def load_preferences(
         domain=domain or "",
         domain_key=domain_key or "",
         domain_map=domain_map or {},
-        input_template=input_template,
         tags=tags or {},
         allow_empty_prompt=allow_empty_prompt,
         allow_token_ids=allow_token_ids,

@@ -101,8 +101,6 @@ class System(nn.Module):
     paper: ClassVar[str] = ""
     presets: ClassVar[Presets] = {"paper": PAPER_TRAINING, "practical": {}}
     tunes: ClassVar[tuple[Tune, ...]] = ("full", "lora", "frozen")
-    routes_by_domain: ClassVar[bool] = False
-    """Whether there is one expert per domain, so that oracle and random routers, and `extend`, have a meaning."""
 
     def __init__(self, config: SystemConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__()
@@ -115,21 +113,13 @@ class System(nn.Module):
     @property
     def expert_labels(self) -> tuple[str, ...]:
         """What users call the experts: the domain of each; empty where there is nothing to choose from."""
-        return self.domains if self.routes_by_domain else ()
+        return ()
 
     def forward(self, batch: Batch) -> Rewards:
         raise NotImplementedError
 
     def stages(self, pairwise: Objective) -> list[Stage]:
         """The training of this system, in order. `pairwise` is the configured loss over pairs."""
-        raise NotImplementedError
-
-    def route(self, batch: Batch) -> Routing:
-        """Where each conversation goes; only where `routes_by_domain`."""
-        raise NotImplementedError
-
-    def judge(self, batch: Batch, experts_NK: Tensor) -> Tensor:
-        """Standardised rewards of the named experts; only where `routes_by_domain`."""
         raise NotImplementedError
 
     def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
@@ -178,18 +168,23 @@ class System(nn.Module):
 
 
 class RoutedSystem(System):
-    """What RODOS and ARLISS share: a router that reads the prompt, one expert per domain, a stage for each.
+    """What RODOS and ARLISS share: a router that reads the prompt, one expert per domain, a stage for each. Only here
+    oracle and random routers, and `extend`, have a meaning.
 
     Subclasses set `self.routed` and say, by expert name, what each stage may move and what standardises it.
     """
 
-    routes_by_domain = True
     routed: Routed[Any]
+
+    @property
+    def expert_labels(self) -> tuple[str, ...]:
+        return self.domains
 
     def forward(self, batch: Batch, routing: Routing | None = None) -> Rewards:
         return self.routed(batch, routing)  # type: ignore[no-any-return]
 
     def route(self, batch: Batch) -> Routing:
+        """Where each conversation goes."""
         return self.routed.route(batch)
 
     def route_prompts(self, batch: Batch) -> Routing:
@@ -197,6 +192,7 @@ class RoutedSystem(System):
         return self.routed.router(batch)  # type: ignore[no-any-return]
 
     def judge(self, batch: Batch, experts_NK: Tensor) -> Tensor:
+        """Standardised rewards of the named experts."""
         return self.routed.judge(batch, experts_NK)
 
     def expert_parameters(self, name: str) -> list[nn.Parameter]:

@@ -67,7 +67,7 @@ def extend(
     card = before.card
     old = RunConfig.model_validate(card["config"])
     recipe = find_recipe(old.recipe)
-    if not recipe.routes_by_domain:
+    if not issubclass(recipe, RoutedSystem):
         raise ConfigError(f"recipe {old.recipe!r} has no expert per domain, so it cannot be extended: train it again")
     if not domain.strip():
         raise ConfigError("--domain: is empty; give the new domain a name")
@@ -126,7 +126,6 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     loaded = load_preferences(
         addition["data"],
         domain_map={"*": domain},
-        input_template=old.data.input_template,
         tags=old.data.tags,
         allow_token_ids=bool(old.data.tokenizer_sha256),
         max_bad_share=old.data.max_bad_share,

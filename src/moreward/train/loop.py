@@ -7,6 +7,7 @@ killed run repeats bit for bit from its step number.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moreward.checkpoint import Checkpoint, CheckpointStore
@@ -361,6 +363,7 @@ def make_accelerator(config: TrainConfig, folder: str) -> Accelerator:
     """The process group and device; refuses another number of processes than asked, and bf16 without hardware."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    _meet_after_a_restart(on_cpu=config.device == "cpu" or not torch.cuda.is_available())
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",
@@ -381,6 +384,26 @@ def make_accelerator(config: TrainConfig, folder: str) -> Accelerator:
     if config.dtype == "bf16" and not has_bf16(accelerator.device):
         raise ConfigError(f"train.dtype: bf16 is not there on {accelerator.device}; use fp32")
     return accelerator
+
+
+def _meet_after_a_restart(*, on_cpu: bool) -> None:
+    """Join the other processes under names of this attempt. torchrun keeps one store over its restarts, so under the
+    usual names a process may find the addresses of those that died."""
+    told = os.environ
+    attempt = told.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or told.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    size = int(told["WORLD_SIZE"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        told["MASTER_ADDR"], int(told["MASTER_PORT"]), size, is_master=False, timeout=COLLECTIVE_TIMEOUT
+    )
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=int(told["RANK"]),
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
 
 
 def has_bf16(device: torch.device) -> bool:

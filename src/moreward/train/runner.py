@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from moreward.checkpoint import CheckpointStore
+from moreward.checkpoint import CheckpointStore, space_errors
 from moreward.config import RunConfig, deviations, resolve
 from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side, tokenizer_sha256
 from moreward.data.books import account
@@ -120,7 +120,6 @@ def read_pairs(config: RunConfig) -> Pairs:
         "domain": told.domain,
         "domain_key": told.domain_key,
         "domain_map": told.domain_map,
-        "input_template": told.input_template,
         "tags": told.tags,
         "allow_token_ids": bool(told.tokenizer_sha256),
         "max_bad_share": told.max_bad_share,
@@ -156,7 +155,10 @@ def _told(loaded: Loaded) -> dict[str, Any]:
 
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Path]:
-    """Make the run folder, or enter it again for the same configuration; no second process may enter meanwhile."""
+    """Make the run folder, or enter it again for the same configuration; no second process may enter meanwhile.
+
+    SpaceError when the disk fills up, whatever is being written.
+    """
     if not config.out:
         raise ConfigError("out: is required: the folder of the run, e.g. out=runs/a")
     run = Path(config.out)
@@ -167,7 +169,7 @@ def open_run(config: RunConfig) -> Iterator[Path]:
         lock = (run / ".lock").open("w")
     except OSError as error:
         raise RunError(f"out: {run} cannot be made or written: {error.strerror}") from error
-    with lock:
+    with lock, space_errors(run):
         if is_main_process():
             _hold(lock, run)
             _settle_config(config, run)
@@ -217,7 +219,7 @@ def make_encoder(config: RunConfig, backbone: Backbone) -> Encoder:
             f"data.tokenizer_sha256: {declared} is declared, but the tokenizer of backbone {config.backbone!r} has "
             f"{found}, so token ids would mean other tokens. Take the backbone that they were made for, or the texts."
         )
-    return Encoder(tokenizer, config.data.max_length)
+    return Encoder(tokenizer, config.data.max_length, config.data.input_template)
 
 
 class Work:
@@ -245,8 +247,9 @@ class Work:
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
         self.books = account(pairs.quarantine, [self.train, self.val])
-        quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
-        write_quarantine(quarantine, run / "quarantine.jsonl")
+        if self.accelerator.is_main_process:
+            quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
+            write_quarantine(quarantine, run / "quarantine.jsonl")
 
     def _encode(self, preferences: Sequence[Preference]) -> EncodedSet:
         return encode_pairs(self.encoder, preferences, self.domains, on_long=self.config.data.on_long)

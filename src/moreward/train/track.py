@@ -97,5 +97,8 @@ class MetricsFile:
             if record["stage"] != stage or record["step"] <= step:
                 kept.append(line + b"\n")
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self.path)
+        try:
+            temporary.write_bytes(b"".join(kept))
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
