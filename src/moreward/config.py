@@ -75,6 +75,7 @@ class TrainConfig(_Section):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     centering: float = Field(0.0, ge=0)
     use_margin: bool = Field(True, description="subtract a row's margin, where rows have one")
+    dropout: bool = Field(False, description="the backbone's own dropout; off as in TRL. Adapters have system.dropout")
     domain_temperature: float = Field(1.0, gt=0, description="1 as the data is; larger evens the domains out")
     metric: str = Field("mean", description="what early stopping watches: mean, micro, loss or a domain's name")
     eval_every: float = Field(0.5, gt=0, description="in epochs")

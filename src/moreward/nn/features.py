@@ -94,21 +94,12 @@ class FeatureStore:
         """Write what is new as one more file; a file appears whole or not at all."""
         if self.folder is None or not self._unsaved:
             return
-        from safetensors.torch import save_file
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            log.warning("features are kept in memory only: %s cannot be made: %s", self.folder, error.strerror)
-            self.folder = None
-            return
         keys, self._unsaved = self._unsaved, []
-        name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         hidden_ND = torch.stack([self._vectors[k] for k in keys])
         told = {"keys": json.dumps([k.hex() for k in keys]), "digest": digest(hidden_ND)}
-        save_file({"hidden_ND": hidden_ND}, temporary, metadata=told)
-        temporary.replace(self.folder / f"{name}.safetensors")
+        name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
+        if not keep_file(self.folder / f"{name}.safetensors", {"hidden_ND": hidden_ND}, told):
+            self.folder = None
 
     def _read(self, folder: Path) -> None:
         from safetensors import SafetensorError
@@ -118,6 +109,25 @@ class FeatureStore:
                 self._vectors.update(_read_file(path))
             except (SafetensorError, ValueError):
                 path.unlink()  # a damaged cache file costs only the time to compute it again
+
+
+def keep_file(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> bool:
+    """Write a file of a cache, which appears whole or not at all. False, and a word in the log, where it cannot be
+    written: a cache that is not there costs time, not results."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=told)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s stays in memory only: it cannot be written: %s", path, error)
+        if temporary.exists():
+            temporary.unlink()
+        return False
+    return True
 
 
 def _read_file(path: Path) -> dict[bytes, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moreward.nn.features import digest, text_digest
+from moreward.nn.features import digest, keep_file, text_digest
 from moreward.nn.packing import Tokens
 
 log = logging.getLogger(__name__)
@@ -73,26 +72,13 @@ class TrunkStore:
         the memory is the system's to take."""
         if not self._new:
             return
-        from safetensors.torch import save_file
-
         new, self._new, self._new_bytes = self._new, [], 0
         states_TD = torch.cat([states for _, states in new])
-        told = {
-            "texts": json.dumps([[key.hex(), len(states)] for key, states in new]),
-            "digest": digest(states_TD),
-        }
-        name = f"{told['digest']}.safetensors"
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"states_TD": states_TD}, temporary, metadata=told)
-            temporary.replace(self.folder / name)
-        except OSError as error:
-            log.warning("states of the trunk stay in memory: %s cannot be written: %s", self.folder, error.strerror)
-            temporary.unlink(missing_ok=True)
-            return
-        self.num_bytes -= states_TD.nbytes
-        self._read(self.folder / name)
+        told = {"texts": json.dumps([[key.hex(), len(states)] for key, states in new]), "digest": digest(states_TD)}
+        path = self.folder / f"{told['digest']}.safetensors"
+        if keep_file(path, {"states_TD": states_TD}, told):
+            self.num_bytes -= states_TD.nbytes
+            self._read(path)
 
     def _read(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open

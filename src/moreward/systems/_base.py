@@ -31,7 +31,7 @@ ROUTER = "@router"
 """The router's adapter. The sign keeps it apart from any expert's name."""
 
 PAPER_TRAINING: dict[str, Any] = {
-    # arXiv 2407.17546, appendix A. Length, schedule, warm-up and weight decay are not given there: ours.
+    # arXiv 2407.17546, appendix A. Length, schedule, warm-up, weight decay and dropout are not given there: ours.
     "train.learning_rate": 5.0e-6,
     "train.batch_size": 32,
     "train.epochs": 3,
@@ -39,6 +39,7 @@ PAPER_TRAINING: dict[str, Any] = {
     "train.weight_decay": 0.01,
     "train.schedule": "linear",
     "train.patience": 0,
+    "train.dropout": True,
     "data.max_length": 512,
     "pooling": "own",
     "system.head": "linear",

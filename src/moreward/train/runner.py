@@ -33,6 +33,7 @@ from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.features import FeatureStore, cache_folder
 from moreward.nn.losses import PairwiseLoss
+from moreward.nn.trunk import TrunkStore
 from moreward.registry import find_recipe, near
 from moreward.runs import write_model
 from moreward.scoring import Scorer
@@ -242,6 +243,9 @@ class Work:
         self.pairwise = PairwiseLoss(label_smoothing=told.label_smoothing, centering=told.centering)
         self.accelerator = make_accelerator(told, str(run))
         self.started = time.monotonic()
+        if not told.dropout:
+            for backbone in system.backbones():
+                backbone.without_dropout()
         for sentence in pairs.report.get("not_held_out", ()):
             reporter.say(sentence)
         self.train = self._encode(pairs.train)
@@ -257,7 +261,7 @@ class Work:
     def fit(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
         """Fit each stage in order, those that are finished already being read back."""
         self.system.to(self.accelerator.device)
-        self._warm_features()
+        self._open_stores()
         self.accelerator.init_trackers("moreward", config={k: str(v) for k, v in self.config.flat().items()})
         around = Surroundings(
             accelerator=self.accelerator,
@@ -276,6 +280,9 @@ class Work:
             for name in store.clean() if self.accelerator.is_main_process else []:
                 self.reporter.say(f"removed {name}, left by a save that was cut short")
             reports.append(self._fit_stage(stage, around, store))
+        for backbone in self.system.backbones():
+            if backbone.trunk_store is not None:
+                backbone.trunk_store.save()
         self.accelerator.end_training()
         return reports
 
@@ -295,11 +302,14 @@ class Work:
     def _seen_by(self, stage: Stage, pairs: EncodedSet) -> list[EncodedPair]:
         return [p for p in pairs.pairs if stage.select(p.preference)]
 
-    def _warm_features(self) -> None:
-        """Compute what a frozen backbone says of every text once, before the first step."""
+    def _open_stores(self) -> None:
+        """Keep what does not change while it is trained on: all that a frozen backbone says of a text, computed here
+        before the first step, or the states below the adapters, as they are needed."""
+        backbone = self.system.backbones()[0]
+        if backbone.bank is not None and backbone.bank.num_trunk_layers and backbone.family is not None:
+            backbone.trunk_store = trunk_store(self.config.backbone, backbone)
         if self.config.tune != "frozen":
             return
-        backbone = self.system.backbones()[0]
         store = feature_store(self.config.backbone, backbone)
         for one in self.system.backbones():
             one.store = store
@@ -373,13 +383,25 @@ class Work:
 
 def feature_store(name: str, backbone: Backbone) -> FeatureStore:
     """Where the vectors of this frozen backbone are kept on disk; in memory only for a backbone without a hash."""
+    folder = _folder_for(name, backbone)
+    return FeatureStore(cache_folder() / "features" / folder if folder else None)
+
+
+def trunk_store(name: str, backbone: Backbone) -> TrunkStore | None:
+    """Where the states of this backbone's trunk are kept on disk; nowhere for a backbone without a hash."""
+    assert backbone.bank is not None
+    folder = _folder_for(name, backbone)
+    return TrunkStore(cache_folder() / "trunk" / f"{folder}-{backbone.bank.num_trunk_layers}") if folder else None
+
+
+def _folder_for(name: str, backbone: Backbone) -> str | None:
+    """A name for everything that decides the bits of what a backbone says."""
     sha256 = directory_sha256(name)
     if not sha256:
-        return FeatureStore()
+        return None
     device = next(backbone.parameters()).device.type
     how = "packed" if backbone.family is not None else "padded"
-    folder = f"{sha256[:16]}-{backbone.pooling}-{how}-torch{version('torch')}-{device}{torch.get_num_threads()}"
-    return FeatureStore(cache_folder() / "features" / folder)
+    return f"{sha256[:16]}-{backbone.pooling}-{how}-torch{version('torch')}-{device}{torch.get_num_threads()}"
 
 
 def golden_items(preferences: Sequence[Preference]) -> list[Conversation]:
