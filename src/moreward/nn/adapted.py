@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,28 +38,44 @@ class Kept:
     def __init__(self, num_bytes: int = KEPT_BYTES) -> None:
         self.num_bytes = num_bytes
         self.used = 0
-        self._entries: OrderedDict[Any, tuple[Any, Tensor]] = OrderedDict()
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
 
     def __deepcopy__(self, memo: Any) -> Kept:
         return Kept(self.num_bytes)
 
     def get(self, key: Any, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
         """What `make()` gave for this key, as long as no source has been written to since."""
-        stamp = [(id(s), s.data_ptr(), s._version) for s in sources]
         known = self._entries.get(key)
-        if known is not None and known[0] == stamp:
+        if known is not None and known.is_of(sources):
             self._entries.move_to_end(key)
-            return known[1]
+            return known.value
         value = make()
         if known is not None:
-            self.used -= known[1].nbytes
-        self._entries[key] = (stamp, value)
+            self.used -= known.value.nbytes
+        self._entries[key] = _Entry(value, tuple(sources), tuple(map(_state, sources)))
         self._entries.move_to_end(key)
         self.used += value.nbytes
         while self.used > self.num_bytes and len(self._entries) > 1:
-            _, (_, dropped) = self._entries.popitem(last=False)
-            self.used -= dropped.nbytes
+            _, dropped = self._entries.popitem(last=False)
+            self.used -= dropped.value.nbytes
         return value
+
+
+class _Entry(NamedTuple):
+    """A value with what it was made of. The sources are held, so that no later tensor can be taken for one of them."""
+
+    value: Tensor
+    sources: tuple[Tensor, ...]
+    states: tuple[tuple[int, int], ...]
+
+    def is_of(self, sources: Sequence[Tensor]) -> bool:
+        same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
+        return same and self.states == tuple(map(_state, sources))
+
+
+def _state(source: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to, or its memory exchanged."""
+    return source.data_ptr(), source._version
 
 
 class StreamLinear:

@@ -156,6 +156,19 @@ class OneExpert(nn.Module, Generic[Experts]):
         return Rewards(reward_N=self.experts(batch, expert_N))
 
 
+class OwnExperts(nn.Module, Generic[Experts]):
+    """Each conversation by the expert of its domain: what a stage trains that holds all experts."""
+
+    experts: Experts
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, batch: Batch) -> Rewards:
+        return Rewards(reward_N=self.experts(batch, batch.domain_N))
+
+
 class FeedForwardExperts(nn.Module):
     """E feed-forward networks Linear(D, width) → activation → Linear(width, D), used sparsely.
 

@@ -82,6 +82,10 @@ class Stage:
 
     `select` says which pairs it sees; `standardize` is fitted on the raw rewards of `module` over those pairs when
     the stage ends.
+
+    A stage of several experts names in `experts`, for each domain, what its expert moves: then a domain's loss is the
+    mean over its own pairs of a step and its gradient is clipped by itself, as if its expert were trained alone on
+    these pairs. `standardizers` has the zero and unit of each domain's expert.
     """
 
     name: str
@@ -90,6 +94,8 @@ class Stage:
     objective: Objective
     select: Callable[[Preference], bool] = lambda _: True
     standardize: Standardize | None = None
+    experts: tuple[tuple[nn.Parameter, ...], ...] = ()
+    standardizers: tuple[Standardize, ...] = ()
 
 
 class System(nn.Module):

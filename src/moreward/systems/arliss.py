@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from moreward.nn.backbone import Backbone
-from moreward.nn.experts import AdapterExperts, RewardHead, Standardize
+from moreward.nn.experts import AdapterExperts, OwnExperts, RewardHead, Standardize
+from moreward.nn.losses import Objective
 from moreward.nn.mixture import Routed
 from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.systems._base import (
@@ -22,6 +23,7 @@ from moreward.systems._base import (
     LoRAConfig,
     Presets,
     RoutedSystem,
+    Stage,
     learnable,
     prepare_backbone,
 )
@@ -29,6 +31,7 @@ from moreward.systems._base import (
 
 class ArlissConfig(LoRAConfig):
     top_k: int = Field(1, ge=1, description="experts used per prompt; the paper uses the best one")
+    train_together: bool = Field(False, description="all experts in one pass over mixed batches, not one by one")
     router_reads: Literal["backbone", "trunk"] = Field(
         "backbone", description="trunk: the router stops below the adapters (needs adapter_layers) and has none"
     )
@@ -64,6 +67,20 @@ class Recipe(RoutedSystem):
         gate = TopKRouter(size, len(domains), config.top_k)
         router = PromptRouter(backbone, gate, adapter, reads_trunk=reads_trunk)
         self.routed = Routed(router, AdapterExperts(backbone, heads))
+
+    def stages(self, pairwise: Objective) -> list[Stage]:
+        if not self.config.train_together:
+            return super().stages(pairwise)
+        experts = tuple(tuple(self.expert_parameters(name)) for name in self.expert_names)
+        together = Stage(
+            name="experts",
+            module=OwnExperts(self.routed.experts),
+            learn=tuple(parameter for expert in experts for parameter in expert),
+            objective=pairwise,
+            experts=experts,
+            standardizers=tuple(self.standardizer(name) for name in self.expert_names),
+        )
+        return [together, self.router_stage()]
 
     def expert_parameters(self, name: str) -> list[nn.Parameter]:
         experts = self.routed.experts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from moreward.checkpoint import Checkpoint, CheckpointStore
 from moreward.config import TrainConfig
 from moreward.data.batches import EncodedPair, pair_batch
 from moreward.errors import ConfigError, NonFiniteError
+from moreward.nn.experts import Standardize
 from moreward.nn.losses import Outcome, refuse_non_finite
 from moreward.systems._base import Stage
 from moreward.train.plan import epoch_batches, stable_seed
@@ -117,7 +119,7 @@ class Fit:
         model.train()
         learning_rate = self._set_learning_rate(step)
         loss, num_right, num_tied = self._backward(model, rows)
-        norm = float(self.accelerator.clip_grad_norm_(self.stage.learn, self.config.max_grad_norm))
+        norm = self._clip()
         if not math.isfinite(norm):
             names = [self.train[i].preference.name for i in rows]
             raise NonFiniteError(
@@ -138,6 +140,18 @@ class Fit:
             self._log(record)
             self.around.reporter.step(step + 1, f"loss {record['train/loss']:.3f}")
         self._after_step(model)
+
+    def _clip(self) -> float:
+        """Clip the gradient, that of each expert by itself where the stage holds several; returns the largest norm."""
+        groups = self.stage.experts or (self.stage.learn,)
+        return max(float(self.accelerator.clip_grad_norm_(group, self.config.max_grad_norm)) for group in groups)
+
+    def _weights(self, rows: Sequence[int], part: Sequence[int]) -> Tensor:
+        """What each pair of `part` weighs in a sum that is divided by the number of the step's `rows`."""
+        if not self.stage.experts:
+            return torch.ones(len(part))
+        of_domain = Counter(self.train[r].domain for r in rows)
+        return torch.tensor([len(rows) / of_domain[self.train[r].domain] for r in part])
 
     def _after_step(self, model: nn.Module) -> None:
         step = self.progress.step
@@ -178,7 +192,7 @@ class Fit:
             with sync:
                 outcome = self._outcome(model, batch)
                 refuse_non_finite(outcome, batch, f"{self.stage.name}, step {self.progress.step}")
-                loss = outcome.loss_B.sum() * weight
+                loss = (outcome.loss_B * self._weights(rows, part).to(outcome.loss_B.device)).sum() * weight
                 if outcome.extra is not None:
                     loss = loss + outcome.extra * (len(part) * weight)
                 self.accelerator.backward(loss)
@@ -252,11 +266,14 @@ class Fit:
     @torch.no_grad()
     def _standardize(self) -> None:
         """Fit the expert's zero and unit on the raw rewards of evenly spaced training pairs, both responses."""
-        standardize = self.stage.standardize
-        if standardize is None:
-            return
+        if self.stage.standardize is not None:
+            self._fit_zero_and_unit(self.stage.standardize, self.train)
+        for domain, standardize in enumerate(self.stage.standardizers):
+            self._fit_zero_and_unit(standardize, [pair for pair in self.train if pair.domain == domain])
+
+    def _fit_zero_and_unit(self, standardize: Standardize, train: Sequence[EncodedPair]) -> None:
         standardize.reset()
-        pairs = sorted(evenly_spaced(self.train, STANDARDIZE_PAIRS), key=lambda p: p.num_tokens)
+        pairs = sorted(evenly_spaced(train, STANDARDIZE_PAIRS), key=lambda p: p.num_tokens)
         self.stage.module.eval()
         chunks = [pairs[start : start + 32] for start in range(0, len(pairs), 32)]
         rewards = [self.stage.module(self._batch(chunk)).reward_N.float().cpu() for chunk in chunks]

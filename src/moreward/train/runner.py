@@ -291,8 +291,9 @@ class Work:
         for parameter in self.system.parameters():
             parameter.requires_grad_(id(parameter) in learn)
         names: dict[str, Tensor] = {k: p for k, p in self.system.named_parameters() if id(p) in learn}
-        if stage.standardize is not None:
-            mine = {id(b) for b in stage.standardize.buffers()}
+        standardizers = [one for one in (stage.standardize, *stage.standardizers) if one is not None]
+        if standardizers:
+            mine = {id(b) for one in standardizers for b in one.buffers()}
             names |= {k: b for k, b in self.system.named_buffers() if id(b) in mine}
         train, val = self._seen_by(stage, self.train), self._seen_by(stage, self.val)
         if not val:
