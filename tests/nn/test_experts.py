@@ -24,6 +24,7 @@ from moreward.nn.experts import (
 )
 from moreward.nn.lora import LoRABank
 from moreward.nn.mixture import Routed
+from moreward.nn.sparse import mix_plain
 from moreward.types import Batch, Rewards, Routing
 
 NAMES = ("a", "b", "c")
@@ -128,25 +129,28 @@ def test_identical_experts_give_the_experts_output_and_linear_ones_a_weighted_su
     for expert in experts.experts:
         expert.load_state_dict(experts.experts[0].state_dict())
     torch.testing.assert_close(experts(hidden_ND, experts_NK, weights_NK), experts.experts[0](hidden_ND))
-    experts.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-    found = experts(hidden_ND, experts_NK, weights_NK)
+    linear = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    found = mix_plain(linear, hidden_ND, experts_NK, weights_NK)
     for n in range(2):
-        wanted = sum(
-            w * experts.experts[int(e)](hidden_ND[n]) for w, e in zip(weights_NK[n], experts_NK[n], strict=True)
-        )
+        wanted = sum(w * linear[int(e)](hidden_ND[n]) for w, e in zip(weights_NK[n], experts_NK[n], strict=True))
         torch.testing.assert_close(found[n], wanted)
     assert (found < 0).any()
 
 
 def test_rows_that_do_not_use_an_expert_do_not_pass_through_it() -> None:
     experts = FeedForwardExperts(3, 4, 6)
-    seen: list[int] = []
-    experts.experts[1].register_forward_pre_hook(lambda _m, x: seen.append(len(x[0])))
-    weights_NK = torch.ones(5, 1)
-    experts(torch.randn(5, 4), torch.tensor([[1], [0], [1], [2], [0]]), weights_NK)
-    experts(torch.randn(5, 4), torch.tensor([[0], [0], [0], [2], [0]]), weights_NK).sum().backward()
-    assert seen == [2]
-    assert all(p.grad is None for p in experts.experts[1].parameters())
+    with torch.no_grad():
+        for parameter in experts.experts[1].parameters():
+            parameter.fill_(torch.nan)
+    hidden_ND = torch.randn(5, 4, requires_grad=True)
+    mixed_ND = experts(hidden_ND, torch.tensor([[1], [0], [1], [2], [0]]), torch.ones(5, 1))
+    mixed_ND.sum().backward()
+    without = [False, True, False, True, True]
+    assert hidden_ND.grad is not None
+    for found_ND in (mixed_ND, hidden_ND.grad):
+        assert found_ND.isfinite().all(-1).tolist() == without
+    for e in (0, 2):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in experts.experts[e].parameters())
 
 
 @given(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moreward.nn.backbone import Backbone
+from moreward.nn.linear import speed_up
+from moreward.nn.sparse import mix
 from moreward.types import Batch, Rewards
 
 Experts = TypeVar("Experts", bound=nn.Module)
@@ -172,8 +174,8 @@ class OwnExperts(nn.Module, Generic[Experts]):
 class FeedForwardExperts(nn.Module):
     """E feed-forward networks Linear(D, width) → activation → Linear(width, D), used sparsely.
 
-    Each expert has parameters of its own rather than a slice of a stack: a loop over a stacked parameter zero-fills
-    the whole stack once per expert in the backward pass.
+    Each expert has parameters of its own rather than a slice of a stack, and so a gradient of its own. An expert that
+    no row used gets none: an optimizer leaves it as it is, weight decay included.
     """
 
     def __init__(self, num_experts: int, size: int, width: int) -> None:
@@ -181,12 +183,8 @@ class FeedForwardExperts(nn.Module):
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, size)) for _ in range(num_experts)
         )
+        speed_up(self)
 
     def forward(self, hidden_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Σ_k weights_NK[:, k] · expert(hidden). Rows that do not use an expert do not pass through it."""
-        mixed_ND = torch.zeros_like(hidden_ND)
-        for e, expert in enumerate(self.experts):
-            row, place = (experts_NK == e).nonzero(as_tuple=True)
-            if len(row):
-                mixed_ND = mixed_ND.index_add(0, row, expert(hidden_ND[row]) * weights_NK[row, place].unsqueeze(-1))
-        return mixed_ND
+        return mix(self.experts, hidden_ND, experts_NK, weights_NK)
