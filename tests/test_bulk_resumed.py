@@ -167,11 +167,13 @@ def test_ten_kills_at_random_instants_give_the_file_of_an_undisturbed_run(scorer
     source = write_rows(tmp_path / "in.jsonl", [many_rows(number) for number in range(1, 3001)])
     clean, target = tmp_path / "clean.jsonl", tmp_path / "killed.jsonl"
     score_file(BatchScorer(), source, clean, chunk=50, max_bad_share=1)
-    delays, reached = random.Random(11), []
+    delays, reached, patience = random.Random(11), [0], 1.0
     for _ in range(10):
-        assert scorers.run(source, target, 0.06, kill_after=delays.uniform(0.01, 0.3)) == -9
+        assert scorers.run(source, target, 0.06, kill_after=delays.uniform(0.01, 0.3) * patience) == -9
         record = tmp_path / "killed.jsonl.progress.json"
         reached.append(json.loads(record.read_text())["done"]["rows"] if record.exists() else 0)
+        # A busy machine may need longer to get anywhere.
+        patience = min(2 * patience, 8.0) if reached[-1] == reached[-2] else 1.0
     assert not target.exists(), "all ten kills must fall into the job"
     assert reached == sorted(reached)
     assert len(set(reached)) >= 4, "the job must get somewhere between two kills"

@@ -42,10 +42,11 @@ def encoded(*sizes: tuple[int, int]) -> list[Encoded]:
     return [Encoded(tuple(range(length)), (prompt,) * 10) for prompt, length in sizes]
 
 
-def test_packed_chunks_keep_the_order_of_arrival_and_count_a_repeated_prompt_once():
+def test_packed_chunks_keep_the_order_of_arrival_and_count_a_shared_prompt_once():
     rows = encoded((0, 40), (0, 40), (0, 40), (1, 90), (2, 5), (2, 200))
-    assert scoring._in_order(rows, 100) == [[0, 1, 2], [3, 4], [5]]
-    assert scoring._in_order([], 100) == []
+    assert scoring._in_order(rows, 100, prompts_once=True) == [[0, 1, 2], [3, 4], [5]]
+    assert scoring._in_order(rows, 100, prompts_once=False) == [[0, 1], [2], [3, 4], [5]]
+    assert scoring._in_order([], 100, prompts_once=True) == []
 
 
 def test_padded_chunks_hold_rows_of_similar_length_within_the_budget():

@@ -261,7 +261,8 @@ class Scorer:
             return [[row] for row in range(len(encoded))]
         budget = TOKENS_PER_FORWARD[self.device.type]
         if all(backbone.family is not None for backbone in self.system.backbones()):
-            return _in_order(encoded, budget)
+            shared = all(backbone.shares_prefixes for backbone in self.system.backbones())
+            return _in_order(encoded, budget, prompts_once=shared)
         return _by_length(encoded, budget)
 
     def _routing(self, batch: Batch, routes: Routes) -> Routing:
@@ -344,12 +345,12 @@ class Scorer:
         return random_P[batch.prompt_of_N]
 
 
-def _in_order(encoded: Sequence[Encoded], budget: int) -> list[list[int]]:
-    """Neighbours up to `budget` tokens; a prompt that the row before has too is counted once."""
+def _in_order(encoded: Sequence[Encoded], budget: int, *, prompts_once: bool) -> list[list[int]]:
+    """Neighbours up to `budget` tokens; with `prompts_once` a prompt that the row before has too is not counted."""
     chunks: list[list[int]] = []
     num_tokens = 0
     for row, e in enumerate(encoded):
-        shares = row > 0 and encoded[row - 1].prompt_ids == e.prompt_ids
+        shares = prompts_once and row > 0 and encoded[row - 1].prompt_ids == e.prompt_ids
         size = len(e.ids) - (len(e.prompt_ids) if shares else 0)
         if not chunks or num_tokens + size > budget:
             chunks.append([])

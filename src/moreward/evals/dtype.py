@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moreward.data.batches import side
-from moreward.evals.run import within_limit
-from moreward.scoring import Scorer
 from moreward.types import Preference
+
+if TYPE_CHECKING:
+    from moreward.scoring import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class DtypePrice:
 
 def dtype_check(fp32: Scorer, bf16: Scorer, preferences: Sequence[Preference]) -> list[DtypePrice]:
     """The price per domain, and at the end over all pairs, under the name `all`."""
+    from moreward.data.batches import side
+    from moreward.evals.run import within_limit  # loads torch, which a report does not need
+
     kept, _ = within_limit(fp32, preferences)
     items = [side(p, which) for p in kept for which in ("chosen", "rejected")]
     before, after = fp32.score(items), bf16.score(items)

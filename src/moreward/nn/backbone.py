@@ -290,20 +290,24 @@ class Backbone(nn.Module):
             hidden_ND = self._in_order(self._trunk(self.family, stream), stream)
         return nn.functional.layer_norm(hidden_ND, hidden_ND.shape[1:])
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what texts of a batch begin with is computed once."""
+        return self.family is not None and self.family.causal and self.pooling == "last"
+
     def _packed(self, family: Family, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None) -> Tensor:
         adapters = [-1] * len(ids_NT) if adapter_N is None else adapter_N.tolist()
-        shares = family.causal and self.pooling == "last"
         stream = pack(
             _rows_of_tokens(ids_NT, mask_NT),
             adapters,
-            share_prefixes=shares,
+            share_prefixes=self.shares_prefixes,
             active_tokens=self.bank.active_tokens if self.bank is not None else None,
             device=ids_NT.device,
         )
         linear = self._linear(stream)
         depth = 0 if self.bank is None or adapter_N is None else self.bank.num_trunk_layers
         if depth:
-            lower, place_T = stream.without_adapters(share_prefixes=shares and self.trunk_store is None)
+            lower, place_T = stream.without_adapters(share_prefixes=self.shares_prefixes and self.trunk_store is None)
             x_TD = self._trunk(family, lower)[place_T]
         else:
             x_TD = family.embed(stream, linear)
