@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import DebertaV2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from moreward.errors import ConfigError
+from moreward.nn import attention
 from moreward.nn.adapted import Kept
 from moreward.nn.backbone import Backbone
 from moreward.nn.lora import LoRABank
@@ -20,10 +22,10 @@ NUM_ADAPTERS = 3
 cases = st.lists(st.tuples(st.integers(1, 50), st.integers(0, NUM_ADAPTERS - 1), st.booleans()), min_size=1, max_size=8)
 
 
-def make(folder, pooling: str, top_layers: int | None = None) -> Backbone:
+def make(folder, pooling: str, top_layers: int | None = None, active_tokens: int | None = None) -> Backbone:
     """A backbone with a bank of adapters that do something."""
     backbone = Backbone.load(str(folder), pooling=pooling).eval()
-    bank = LoRABank(backbone, rank=3, alpha=6, top_layers=top_layers)
+    bank = LoRABank(backbone, rank=3, alpha=6, top_layers=top_layers, active_tokens=active_tokens)
     for a in range(NUM_ADAPTERS):
         for matrix in bank.add(f"a{a}").B.values():
             nn.init.normal_(matrix, std=0.1)
@@ -33,7 +35,7 @@ def make(folder, pooling: str, top_layers: int | None = None) -> Backbone:
 @pytest.fixture(scope="module")
 def backbones(tiny_backbone):
     """Each family under each pooling, made once; its weights stay as they are."""
-    return cache(lambda kind, pooling, top_layers=None: make(tiny_backbone(kind), pooling, top_layers))
+    return cache(lambda kind, *told: make(tiny_backbone(kind), *told))
 
 
 def batch_of(cases, vocab: int, seed: int):
@@ -93,7 +95,7 @@ def test_packed_equals_the_models_own_code_gradients_included(backbones, kind, p
 @settings(max_examples=8)
 @given(cases=cases, seed=st.integers(0, 99))
 def test_a_shared_trunk_changes_nothing(backbones, kind, cases, seed):
-    backbone = backbones(kind, "own", top_layers=1)
+    backbone = backbones(kind, "own", 1)
     ids_NT, mask_NT, adapter_N = batch_of(cases, backbone.config.vocab_size, seed)
     # Every text under every adapter: the case that the trunk is for.
     ids_NT, mask_NT = ids_NT.repeat(2, 1), mask_NT.repeat(2, 1)
@@ -102,9 +104,52 @@ def test_a_shared_trunk_changes_nothing(backbones, kind, cases, seed):
     assert_equal(run(backbone, *told, packed=True), run(backbone, *told, packed=False))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("active", [1, 7, 60])
+@settings(max_examples=6)
+@given(cases=cases, seed=st.integers(0, 99))
+def test_activated_adapters_equal_adapters_that_are_masked_before_the_last_tokens(backbones, kind, active, cases, seed):
+    backbone = backbones(kind, "own", None, active)
+    ids_NT, mask_NT, adapter_N = batch_of(cases, backbone.config.vocab_size, seed)
+    told = (ids_NT.repeat(2, 1), mask_NT.repeat(2, 1), torch.cat([adapter_N, (adapter_N + 1) % NUM_ADAPTERS]))
+    assert_equal(run(backbone, *told, packed=True), run(backbone, *told, packed=False))
+
+
+def test_what_stands_before_the_active_tokens_is_computed_once_for_all_adapters(backbones, monkeypatch):
+    backbone = backbones("llama", "own", None, 5)
+    sizes: list[int] = []
+    layer = backbone.family.layer
+    monkeypatch.setattr(
+        backbone.family, "layer", lambda i, x_TD, *rest: sizes.append(len(x_TD)) or layer(i, x_TD, *rest)
+    )
+    ids_NT = torch.randint(5, 60, (1, 40)).repeat(3, 1)
+    with torch.no_grad():
+        backbone(ids_NT, torch.ones_like(ids_NT), torch.arange(3))
+    assert set(sizes) == {35 + 3 * 5}
+
+
+def test_activated_adapters_need_a_decoder(tiny_backbone):
+    with pytest.raises(ConfigError, match="needs a decoder"):
+        make(tiny_backbone("bert"), "own", None, 5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@settings(max_examples=6)
+@given(cases=cases, seed=st.integers(0, 99), active=st.sampled_from([None, 9]))
+def test_shared_prefixes_equal_attention_written_plainly(backbones, kind, cases, seed, active):
+    """The plain form is what runs on other devices and with dropout."""
+    backbone = backbones(kind, "own", None, active)
+    ids_NT, mask_NT, adapter_N = batch_of(cases, backbone.config.vocab_size, seed)
+    fast = run(backbone, ids_NT, mask_NT, adapter_N, packed=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention._Tree, "apply", lambda q, k, v, stream, scale: attention.composed(
+            q, k, v, stream, scale=scale).unflatten(1, q.shape[1:]))  # fmt: skip
+        assert_equal(fast, run(backbone, ids_NT, mask_NT, adapter_N, packed=True))
+
+
 @pytest.mark.parametrize("kind", PACKED)
 def test_the_trunk_is_computed_once_for_each_text(backbones, kind, monkeypatch):
-    backbone = backbones(kind, "own", top_layers=1)
+    backbone = backbones(kind, "own", 1)
     seen: list[tuple[int, int]] = []
     layer = backbone.family.layer
 
