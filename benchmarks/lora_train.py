@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.harness import Aim, Case, Contestant, run
 
 PEFT, PEFT_OURS, OURS = "PEFT on HF, padded", "PEFT on HF, our batches", "ours, all layers"
+TOP = "ours, top 2 layers, states below kept"
 
 
 def cases(quick: bool) -> Sequence[Case]:
@@ -31,8 +32,15 @@ def _case(shape: str, num_pairs: int, batch_size: int) -> Case:
             Contestant(name=PEFT, make=peer, arguments=told, needs=("peft",), compared=False),
             Contestant(name=PEFT_OURS, make=peer, arguments={**told, "ours": True}, needs=("peft",)),
             Contestant(name=OURS, make="benchmarks.training:ours_lora", arguments=told),
+            Contestant(
+                name=TOP, make="benchmarks.training:ours_lora", arguments={**told, "top_layers": 2}, compared=False
+            ),
         ],
-        aims=[Aim(who=OURS, share=1e-5, of="error"), Aim(who=OURS, peer=PEFT, share=0.20)],
+        aims=[
+            Aim(who=OURS, share=1e-5, of="error"),
+            Aim(who=OURS, peer=PEFT, share=0.20),
+            Aim(who=TOP, peer=PEFT, share=0.067),
+        ],
     )
 
 

@@ -142,10 +142,24 @@ def best_of_n(shape: str, *, prompt: int, response: int, num: int) -> Run:
     return run
 
 
-def dmoerm(shape: str, *, num_experts: int = 5, num_rows: int = 8, tokens: int = 128, rank: int = 12) -> Run:
-    """All inner experts judge every row, in one call: each row stands once per expert."""
+def dmoerm(
+    shape: str,
+    *,
+    num_experts: int = 5,
+    num_rows: int = 8,
+    tokens: int = 128,
+    rank: int = 12,
+    top_layers: int | None = None,
+    active_tokens: int | None = None,
+) -> Run:
+    """All inner experts judge every row, in one call: each row stands once per expert. `num_experts` 0 is one pass of
+    the bare model."""
     backbone = shapes.backbone(shape)
-    shapes.bank(backbone, shape, num_adapters=num_experts, rank=rank)
+    if not num_experts:
+        return texts(shape, [tokens] * num_rows)
+    shapes.bank(
+        backbone, shape, num_adapters=num_experts, rank=rank, top_layers=top_layers, active_tokens=active_tokens
+    )
     heads_ED = torch.stack([shapes.head(backbone.hidden_size, e).weight[0] for e in range(num_experts)]).detach()
     ids_NT, mask_NT = shapes.padded(shapes.texts([tokens] * num_rows))
     row_M = torch.arange(num_rows).repeat_interleave(num_experts)

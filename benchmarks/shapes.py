@@ -120,9 +120,11 @@ def matrices(module: str, num_in: int, num_out: int, rank: int, adapter: int) ->
     return A_RI, torch.randn(num_out, rank, generator=generator) * 0.02
 
 
-def bank(of: Backbone, shape: str, *, num_adapters: int, rank: int, trained: bool = True) -> LoRABank:
-    """A bank of ours with adapters `0`, `1`, ...; `trained` False leaves their B at zero."""
-    made = LoRABank(of, rank=rank, alpha=ALPHA_PER_RANK * rank, targets=targets(shape))
+def bank(
+    of: Backbone, shape: str, *, num_adapters: int, rank: int, trained: bool = True, **options: int | None
+) -> LoRABank:
+    """A bank of ours with adapters `0`, `1`, ...; `trained` False leaves their B at zero. `options` go to the bank."""
+    made = LoRABank(of, rank=rank, alpha=ALPHA_PER_RANK * rank, targets=targets(shape), **options)  # type: ignore[arg-type]
     for number in range(num_adapters):
         made.add(str(number))
     fill_bank(made, trained=trained)

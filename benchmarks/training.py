@@ -24,6 +24,7 @@ from moreward.checkpoint import CheckpointStore
 from moreward.config import TrainConfig
 from moreward.data.batches import Encoded, EncodedPair, pair_batch
 from moreward.nn.losses import Objective, Outcome, PairwiseLoss
+from moreward.nn.trunk import TrunkStore
 from moreward.systems import arliss, base_lora, baseline
 from moreward.systems._base import LoRAConfig, Stage, System, SystemConfig
 from moreward.train.loop import Fit, Surroundings, make_accelerator
@@ -133,15 +134,20 @@ def ours_full(shape: str, *, num_pairs: int, batch_size: int) -> Run:
     return _our_run(system, make_pairs(num_pairs), batch_size, FULL_RATE)
 
 
-def _lora_settings(shape: str, kind: type[LoRAConfig]) -> Any:
-    return kind(rank=RANK, alpha=shapes.ALPHA_PER_RANK * RANK, dropout=0.0, targets=tuple(shapes.targets(shape)))
+def _lora_settings(shape: str, kind: type[LoRAConfig], **more: Any) -> Any:
+    targets = tuple(shapes.targets(shape))
+    return kind(rank=RANK, alpha=shapes.ALPHA_PER_RANK * RANK, dropout=0.0, targets=targets, **more)
 
 
-def ours_lora(shape: str, *, num_pairs: int, batch_size: int) -> Run:
-    """One adapter in every linear layer, and a head."""
+def ours_lora(shape: str, *, num_pairs: int, batch_size: int, top_layers: int | None = None) -> Run:
+    """One adapter in every linear layer, and a head; or in the `top_layers` only, the states below them being kept:
+    all runs but the warm-up are then epochs from the second on."""
     backbone = shapes.backbone(shape)
-    system = base_lora.Recipe(_lora_settings(shape, LoRAConfig), backbone, ["domain-0"])
+    settings = _lora_settings(shape, LoRAConfig, adapter_layers=top_layers)
+    system = base_lora.Recipe(settings, backbone, ["domain-0"])
     assert backbone.bank is not None
+    if top_layers is not None:
+        backbone.trunk_store = TrunkStore(Path(tempfile.mkdtemp(prefix="moreward-benchmark-")))
     shapes.fill_bank(backbone.bank, trained=False)
     shapes.fill_head(system.expert.experts.head("shared").last, 0)
     return _our_run(system, make_pairs(num_pairs), batch_size, LORA_RATE)

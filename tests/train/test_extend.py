@@ -247,3 +247,25 @@ def test_growing_keeps_old_rows_and_refuses_other_shapes(made: Callable[..., Any
         grow_into({"gate": grown}, {"gate": torch.ones(2, 3)})
     system, _, told = read_model(made("arliss", "bert")[0])
     assert Backbone.load(told["backbone"]["name"]).pooling == system.backbones()[0].pooling
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bert", ("system.adapter_layers=1", "system.router_reads=trunk", "system.train_together=true")),
+        ("llama", ("system.active_tokens=6", "data.max_length=128")),
+    ],
+)
+def test_shared_trunks_and_activated_experts_can_be_extended(
+    kind: str, words: tuple[str, ...], tiny_backbone: Tiny, pairs: Sequence[Preference], new_data: Path, tmp_path: Path
+) -> None:
+    run = trained(tmp_path, tiny_backbone, pairs, "arliss", kind, *words)
+    before = load(run)
+    assert (run / "model" / "experts").exists() == ("active" not in words[0])
+    item = Conversation(prompt="In the short style, tell me about maps.", response="It is calm.")
+    old = [alone(before, item, expert) for expert in before.experts]
+    extension = extend(run, "asking", [str(new_data)], out=tmp_path / "extended")
+    assert extension.golden_difference == 0
+    after = load(extension.run)
+    assert set(after.experts) == {*before.experts, "asking"}
+    assert [alone(after, item, expert) for expert in before.experts] == old

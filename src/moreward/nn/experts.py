@@ -131,8 +131,9 @@ class AdapterExperts(nn.Module):
         return reward_N
 
     def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
-        """Head, zero and unit by the name of the adapter they belong to."""
-        if self.backbone.bank is None:
+        """Head, zero and unit by the name of the adapter they belong to: what can stand alone as a PEFT adapter. One
+        that acts on the last tokens only cannot, for PEFT's act on every token."""
+        if self.backbone.bank is None or self.backbone.bank.active_tokens is not None:
             return {}
         return {name: (self.head(name), self.standardizer(name)) for name in self.heads}
 
