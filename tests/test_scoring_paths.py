@@ -47,6 +47,8 @@ def test_packed_chunks_keep_the_order_of_arrival_and_count_a_shared_prompt_once(
     assert scoring._in_order(rows, 100, prompts_once=True) == [[0, 1, 2], [3, 4], [5]]
     assert scoring._in_order(rows, 100, prompts_once=False) == [[0, 1], [2], [3, 4], [5]]
     assert scoring._in_order([], 100, prompts_once=True) == []
+    cut = [replace(row, num_dropped=3) for row in rows[:3]]  # what was cut off their beginnings is not shared
+    assert scoring._in_order(cut, 100, prompts_once=True) == [[0, 1], [2]]
 
 
 def test_padded_chunks_hold_rows_of_similar_length_within_the_budget():

@@ -121,8 +121,8 @@ class Scorer:
         if check:
             scorer.check_golden(limit=4)
         if dtype == "bf16":
-            for part in system.backbones():
-                part.to(torch.bfloat16)
+            for parameter in (p for part in system.backbones() for p in part.parameters()):
+                parameter.data = parameter.data.to(torch.bfloat16)  # buffers, such as rotary frequencies, stay
         return scorer
 
     @property
@@ -350,7 +350,9 @@ def _in_order(encoded: Sequence[Encoded], budget: int, *, prompts_once: bool) ->
     chunks: list[list[int]] = []
     num_tokens = 0
     for row, e in enumerate(encoded):
-        shares = prompts_once and row > 0 and encoded[row - 1].prompt_ids == e.prompt_ids
+        before = encoded[row - 1] if row else e
+        whole = prompts_once and row > 0 and not (e.truncated or before.truncated)
+        shares = whole and before.prompt_ids == e.prompt_ids
         size = len(e.ids) - (len(e.prompt_ids) if shares else 0)
         if not chunks or num_tokens + size > budget:
             chunks.append([])

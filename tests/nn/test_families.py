@@ -142,7 +142,7 @@ def test_shared_prefixes_equal_attention_written_plainly(backbones, kind, cases,
     ids_NT, mask_NT, adapter_N = batch_of(cases, backbone.config.vocab_size, seed)
     fast = run(backbone, ids_NT, mask_NT, adapter_N, packed=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention._Tree, "apply", lambda q, k, v, stream, scale: attention.composed(
+        patch.setattr(attention._Tree, "apply", lambda q, k, v, stream, scale: attention.plainly(
             q, k, v, stream, scale=scale).unflatten(1, q.shape[1:]))  # fmt: skip
         assert_equal(fast, run(backbone, ids_NT, mask_NT, adapter_N, packed=True))
 

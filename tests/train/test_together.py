@@ -10,6 +10,7 @@ import torch
 from moreward.checkpoint import CheckpointStore
 from moreward.config import TrainConfig
 from moreward.data.batches import Encoder, encode_pairs
+from moreward.errors import NonFiniteError
 from moreward.nn.backbone import Backbone, load_tokenizer
 from moreward.nn.losses import PairwiseLoss
 from moreward.systems.arliss import ArlissConfig, Recipe
@@ -101,3 +102,17 @@ def test_a_run_trained_together_has_every_expert_moved_and_standardised(tmp_path
     for domain in DOMAINS:
         assert int(kept[f"routed.experts.standardize.{domain}.num"]) > 0
         assert any(bool(value.abs().sum() > 0) for key, value in kept.items() if f"adapters.{domain}.B." in key)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_gradient_that_is_no_number_stops_the_step_whichever_expert_it_is_of(bad, tiny_backbone, pairs, tmp_path):
+    encoder = Encoder(load_tokenizer(str(tiny_backbone("bert"))), 128)
+    some = [next(p for p in pairs if p.domain == d) for d in DOMAINS]
+    rows = encode_pairs(encoder, some, DOMAINS, on_long="truncate").pairs
+    system = system_of(tiny_backbone("bert"), train_together=True)
+    together = system.stages(PairwiseLoss())[0]
+    together.experts[bad][0].register_hook(lambda grad: grad * float("nan"))
+    before = [p.clone() for p in together.learn]
+    with pytest.raises(NonFiniteError, match="gradient is not finite"):
+        fit_of(system, together, rows, tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(before, together.learn, strict=True))

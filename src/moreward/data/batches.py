@@ -196,7 +196,7 @@ class Encoder:
 
     def _given(self, ids: tuple[int, ...], prompt: tuple[int, ...]) -> Encoded:
         """Token ids as they came, cut from the start like any others."""
-        if (largest := max(*ids, *prompt)) >= len(self.tokenizer):
+        if (largest := max((*ids, *prompt))) >= len(self.tokenizer):
             raise DataError(f"token id {largest} is none of the {len(self.tokenizer)} of the tokenizer")
         dropped = max(0, len(ids) - self.max_length)
         return Encoded(ids[dropped:], prompt[-self.max_length :] or tuple(self._suffix) or (self.pad_id,), dropped)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moreward.nn.linear import product
+from moreward.nn.linear import chosen, product
 from moreward.nn.packing import Group, Stream
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 KEPT_BYTES = 2 << 30
 """Memory for merged weights and position tables of one backbone."""
 MERGE_FROM = 64
-"""Rows from which a slice meets merged weights, where those of all the adapters fit into the memory. Fewer rows are
-too few for a product of their own."""
+"""Rows from which a slice meets merged weights, where those of `MANY` adapters fit into the memory. Fewer rows are too
+few for a product of their own."""
+MANY = 16
 
 Pair = tuple[Tensor, Tensor]
 """A (R, in) and B (out, R) of one layer."""
@@ -49,7 +51,8 @@ class Kept:
         if known is not None and known.is_of(sources):
             self._entries.move_to_end(key)
             return known.value
-        value = make()
+        with torch.autocast(sources[0].device.type, enabled=False) if sources else nullcontext():
+            value = make()  # in full precision, whoever asks first
         if known is not None:
             self.used -= known.value.nbytes
         self._entries[key] = _Entry(value, tuple(sources), tuple(map(_state, sources)))
@@ -100,6 +103,8 @@ class StreamLinear:
         return [self._adapted(module, x, [Group(g.adapter, 0, len(x))]) for g in self.stream.groups]
 
     def kept(self, module: nn.Module, make: Callable[[], Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
+        if self.bank is not None and self.bank.training:  # adapters drop out: nothing to keep
+            return self.others(module, make())
         told = [*sources, *module.parameters()]
         values = []
         for group in self.stream.groups:
@@ -122,7 +127,7 @@ class StreamLinear:
             return product(x, module.weight, module.bias)
         assert self.bank is not None
         given = [(group, pair) for group, pair in zip(groups, pairs, strict=True) if pair is not None]
-        if torch.is_grad_enabled() or self.bank.training:
+        if torch.is_autocast_enabled(x.device.type) or torch.is_grad_enabled() or self.bank.training:
             return with_adapters(x, self.bank.dropout(x), module.weight, module.bias, self.bank.scale, given)
         return self._without_gradients(module, x, given)
 
@@ -230,7 +235,7 @@ class _WithAdapters(torch.autograd.Function):
         flat, inner = rest[: 2 * num], rest[2 * num :]
         dy = grads[0].contiguous()
         need_x, need_dropped, need_weight, need_bias = ctx.needs_input_grad[:4]
-        dx = product(dy, weight.mT, None) if need_x else None
+        dx = chosen("dx", x, weight)(dy, weight.mT, None) if need_x else None
         ddropped = torch.zeros_like(dropped) if need_dropped else None
         read, dread = (x, dx) if dropped is None else (dropped, ddropped)
         pairs: list[Tensor] = []
@@ -240,6 +245,6 @@ class _WithAdapters(torch.autograd.Function):
             pairs += [dinner.mT @ read[here], (dy[here].mT @ inner_MR).mul_(ctx.scale)]
             if dread is not None:
                 dread[here].addmm_(dinner, A_RI)
-        dweight = dy.mT @ x if need_weight else None
+        dweight = chosen("dW", x, weight)(dy.mT, x.mT, None) if need_weight else None
         dbias = dy.sum(0) if need_bias and ctx.has_bias else None
         return dx, ddropped, dweight, dbias, None, None, *pairs

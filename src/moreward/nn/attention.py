@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from moreward.nn.packing import Run, Stream
 
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+"""Private to PyTorch: another version may lack them."""
 
 
 def attend(
@@ -25,8 +26,9 @@ def attend(
     it, the prefix that it shares with other texts included. `dropout` is the probability that applies now."""
     if stream.branches:
         assert causal
-        if dropout or q_THd.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return composed(q_THd, k_TGd, v_TGd, stream, scale=scale, dropout=dropout)
+        flash = FLASH is not None and FLASH_BACKWARD is not None and q_THd.device.type == "cpu"
+        if dropout or not flash or torch.is_autocast_enabled("cpu"):
+            return plainly(q_THd, k_TGd, v_TGd, stream, scale=scale, dropout=dropout)
         tree_THd: Tensor = _Tree.apply(q_THd, k_TGd, v_TGd, stream, scale)
         return tree_THd.flatten(1)
     groups = q_THd.shape[1] // k_TGd.shape[1]
@@ -53,7 +55,7 @@ def by_segment(x_THd: Tensor, run: Run) -> Tensor:
     return x_THd.view(run.count, run.length, *x_THd.shape[1:]).transpose(1, 2)
 
 
-def composed(
+def plainly(
     q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, stream: Stream, *, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Causal attention written plainly, on any device: each segment against all of its text up to there."""

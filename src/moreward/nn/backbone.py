@@ -251,7 +251,8 @@ class Backbone(nn.Module):
         return 0
 
     def forward(self, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None = None) -> Tensor:
-        """`hidden_ND` in float32. `adapter_N` names the adapter of each row (an index into the bank's names)."""
+        """`hidden_ND` in float32. `adapter_N` names the adapter of each row: an index into the bank's names, -1 for
+        none. Every row has at least one token."""
         if self.store is not None and adapter_N is None:
             return self.store.hidden(self, ids_NT, mask_NT)
         return self.encode(ids_NT, mask_NT, adapter_N)
@@ -266,11 +267,12 @@ class Backbone(nn.Module):
         if adapter_N is None:
             return self._pooled(ids_NT, mask_NT)
         assert self.bank is not None
-        groups = [adapter_N.new_ones(len(adapter_N), dtype=torch.bool)]
-        if not self.bank.mixes_rows:
-            groups = [adapter_N == a for a in adapter_N.unique()]
+        bare_N = adapter_N < 0
+        groups = [~bare_N] if self.bank.mixes_rows else [adapter_N == a for a in adapter_N[~bare_N].unique()]
         hidden_ND = ids_NT.new_zeros((len(ids_NT), self.hidden_size), dtype=torch.float32)
-        for rows_N in groups:
+        if bool(bare_N.any()):
+            hidden_ND = hidden_ND.index_put((bare_N,), self._pooled(ids_NT[bare_N], mask_NT[bare_N]))
+        for rows_N in (rows for rows in groups if bool(rows.any())):
             with self.bank.using(adapter_N[rows_N], mask_NT[rows_N]):
                 hidden_ND = hidden_ND.index_put((rows_N,), self._pooled(ids_NT[rows_N], mask_NT[rows_N]))
         return hidden_ND
@@ -331,20 +333,21 @@ class Backbone(nn.Module):
 
         @torch.no_grad()
         def compute() -> Tensor:
-            was_training = self.training
-            self.eval()
-            states_TD = self._trunk_layers(family, pack([tokens], [-1], device=device))
-            self.train(was_training)
-            return states_TD.cpu()
+            with torch.autocast(device.type, enabled=False):  # kept states serve runs of any precision
+                return self._trunk_layers(family, pack([tokens], [-1], device=device)).cpu()
 
         return store.get(tokens, compute).to(device)
 
     def _trunk_layers(self, family: Family, stream: Stream) -> Tensor:
+        """Without dropout, also in training: what does not learn is the same whether it is kept or not."""
         assert self.bank is not None
         linear = self._linear(stream)
+        was_training = self.model.training
+        self.model.eval()
         x_TD = family.embed(stream, linear)
         for i in range(self.bank.num_trunk_layers):
             x_TD = family.layer(i, x_TD, stream, linear, None)
+        self.model.train(was_training)
         return x_TD
 
     def _read_at(self, stream: Stream) -> Tensor:
@@ -397,7 +400,7 @@ def _mean_of_leaves(x_TD: Tensor, stream: Stream) -> Tensor:
     """The mean of each text's tokens, in the order of the stream's leaves."""
     sizes = [run.stop - run.start for run in stream.runs]
     parts = zip(stream.runs, x_TD.split(sizes), strict=True)
-    return torch.cat([x.unflatten(0, (run.count, run.length)).mean(1) for run, x in parts])
+    return torch.cat([x.float().unflatten(0, (run.count, run.length)).mean(1) for run, x in parts])
 
 
 def align_left(ids_NT: Tensor, mask_NT: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ repeat bit for bit on its machine: see `choices_file`.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -70,6 +71,13 @@ def settle(sizes: set[tuple[int, int]]) -> None:
     _choices.update({shape: known[shape] for shape in wanted})
 
 
+def fingerprint(model: nn.Module) -> str:
+    """What tells two choices for the layers of a model apart: it goes into the names of caches."""
+    sizes = {(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)}
+    taken = sorted(shape for shape, wins in _choices.items() if wins and shape[2:] in sizes)
+    return hashlib.sha256(repr(taken).encode()).hexdigest()[:8]
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by the product that is faster here."""
     is_fp32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
@@ -84,8 +92,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def chosen(kind: Kind, x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """What computes one product of a layer with input x fastest, for those who write their own backward pass: of
-    (x, weight) forward, of (dy, weight.t()) for dx, of (dy.t(), x.t()) for dW. Matrices on the CPU."""
-    return _by(kind, _rows(x), weight) if weight.dtype == torch.float32 else F.linear
+    (x, weight) forward, of (dy, weight.t()) for dx, of (dy.t(), x.t()) for dW."""
+    is_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return _by(kind, _rows(x), weight) if is_fp32 else F.linear
 
 
 class FastLinear(nn.Linear):
@@ -186,13 +195,17 @@ def _read(path: Path) -> dict[Shape, bool]:
 
 
 def _keep(path: Path, new: dict[Shape, bool]) -> dict[Shape, bool]:
-    """Add choices to the file; what another process has put there meanwhile stands."""
-    known = {**new, **_read(path)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Add choices to the file; what another process has put there meanwhile stands, for both."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([[*shape, wins] for shape, wins in sorted(known.items())]), encoding="utf-8")
-        temporary.replace(path)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            known = {**new, **_read(path)}
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            told = json.dumps([[*shape, wins] for shape, wins in sorted(known.items())])
+            temporary.write_text(told, encoding="utf-8")
+            temporary.replace(path)
     except OSError as error:
         log.warning("%s cannot be written (%s): another run may compute with another product", path, error.strerror)
+        return {**new, **_read(path)}
     return known

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moreward.errors import ConfigError
-from moreward.nn.adapted import MERGE_FROM
+from moreward.nn.adapted import MANY, MERGE_FROM
 from moreward.nn.backbone import Backbone, linear_names
 
 
@@ -79,6 +79,8 @@ class LoRABank(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.adapters = nn.ModuleDict()
         self.shapes = _target_shapes(backbone, targets, top_layers)
+        if not self.shapes:
+            raise ConfigError("system.targets: none of these layers is among the top system.adapter_layers")
         self.num_trunk_layers = 0 if top_layers is None else num_layers(backbone) - top_layers
         self._rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
         self.mixes_rows = _every_input_is_per_row(backbone, self.shapes)
@@ -144,12 +146,12 @@ class LoRABank(nn.Module):
         return {name: (chosen.A[parameter_key(name)], chosen.B[parameter_key(name)]) for name in self.shapes}  # type: ignore[index]
 
     def merge_from(self, num_bytes: int) -> int:
-        """From how many rows on merged weights pay: a few, where those of all adapters fit into `num_bytes` and are
+        """From how many rows on merged weights pay: a few, where those of many adapters fit into `num_bytes` and are
         computed once; else from where merging anew, about R · in · out, costs less than the rows' own products,
-        about R · (in + out) each. It depends on nothing that changes from one batch to the next, so that a batch
-        always gets the same bits."""
+        about R · (in + out) each. It depends on nothing that changes from one batch to the next, nor on how many
+        adapters there are: a text gets the same bits after a domain was added."""
         whole = sum(4 * num_in * num_out for num_in, num_out in self.shapes.values())
-        if whole * len(self.adapters) <= num_bytes:
+        if whole * MANY <= num_bytes:
             return MERGE_FROM
         break_even = max(num_in * num_out // (num_in + num_out) for num_in, num_out in self.shapes.values())
         return 2 * break_even
@@ -182,8 +184,10 @@ def _target_shapes(
 
 
 def _in_top_layers(names: list[str], top_layers: int) -> list[str]:
-    """Modules of the last `top_layers` numbered layers, and those above all layers (a pooler)."""
+    """Modules of the last `top_layers` numbered layers, and those above all layers (a pooler); not what stands before
+    the layers (a projection of embeddings)."""
     number_of = _layer_numbers(names)
+    names = names[next((i for i, n in enumerate(names) if n in number_of), 0) :]
     num = max(number_of.values(), default=-1) + 1
     if top_layers > num:
         raise ConfigError(f"system.adapter_layers: the backbone has {num} layers (got {top_layers})")

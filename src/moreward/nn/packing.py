@@ -92,7 +92,8 @@ class Stream:
 
     @cached_property
     def ids_T(self) -> Tensor:
-        return torch.tensor([token for segment in self.segments for token in segment.tokens], device=self.device)
+        tokens = [token for segment in self.segments for token in segment.tokens]
+        return torch.tensor(tokens, dtype=torch.long, device=self.device)
 
     @cached_property
     def position_T(self) -> Tensor:
@@ -199,6 +200,7 @@ def pack(
     beginnings stand once, and with `active_tokens` an adapter acts on that many tokens at the end of a text only, all
     before them being shared by every adapter.
     """
+    assert all(texts), "every text has a token"
     rows = list(zip(adapters, texts, strict=True))
     builder = _Builder(share_prefixes)
     if active_tokens is None:

@@ -20,7 +20,7 @@ def settle_threads() -> int:
     it. Returns their number."""
     wanted = os.environ.get("MOREWARD_THREADS")
     if wanted is not None:
-        if not wanted.isdigit() or int(wanted) < 1:
+        if not wanted.isdecimal() or int(wanted) < 1:
             raise ConfigError(f"MOREWARD_THREADS: must be a whole number from 1 (got {wanted!r})")
         torch.set_num_threads(int(wanted))
     log.info("computing with %d threads", torch.get_num_threads())

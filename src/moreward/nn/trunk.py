@@ -79,6 +79,8 @@ class TrunkStore:
         if keep_file(path, {"states_TD": states_TD}, told):
             self.num_bytes -= states_TD.nbytes
             self._read(path)
+        else:
+            self.max_bytes = self.num_bytes  # memory is not the place for all of them
 
     def _read(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -90,7 +92,7 @@ class TrunkStore:
             if told.get("digest") != digest(states_TD):
                 raise ValueError(f"{path}: not what was written")
             texts = json.loads(told["texts"])
-        except (SafetensorError, ValueError, KeyError):
+        except (SafetensorError, OSError, ValueError, KeyError):
             path.unlink(missing_ok=True)  # a damaged file costs only the time to compute it again
             return
         start = 0

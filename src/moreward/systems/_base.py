@@ -10,10 +10,10 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from moreward.errors import ConfigError
@@ -74,6 +74,12 @@ class LoRAConfig(SystemConfig):
     active_tokens: int | None = Field(
         None, ge=1, description="decoders: adapters act on this many tokens at the end; what is before is shared"
     )
+
+    @model_validator(mode="after")
+    def _needs_adapters(self) -> Self:
+        if self.tune != "lora" and (self.adapter_layers or self.active_tokens):
+            raise ValueError("adapter_layers and active_tokens need adapters: tune=lora")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

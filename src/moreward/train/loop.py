@@ -144,7 +144,8 @@ class Fit:
     def _clip(self) -> float:
         """Clip the gradient, that of each expert by itself where the stage holds several; returns the largest norm."""
         groups = self.stage.experts or (self.stage.learn,)
-        return max(float(self.accelerator.clip_grad_norm_(group, self.config.max_grad_norm)) for group in groups)
+        norms = [self.accelerator.clip_grad_norm_(group, self.config.max_grad_norm) for group in groups]
+        return float(torch.stack([torch.as_tensor(norm) for norm in norms]).max())  # NaN wherever one of them is
 
     def _weights(self, rows: Sequence[int], part: Sequence[int]) -> Tensor:
         """What each pair of `part` weighs in a sum that is divided by the number of the step's `rows`."""

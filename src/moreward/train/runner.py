@@ -32,6 +32,7 @@ from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.features import FeatureStore, cache_folder
+from moreward.nn.linear import fingerprint
 from moreward.nn.losses import PairwiseLoss
 from moreward.nn.trunk import TrunkStore
 from moreward.registry import find_recipe, near
@@ -402,7 +403,8 @@ def _folder_for(name: str, backbone: Backbone) -> str | None:
         return None
     device = next(backbone.parameters()).device.type
     how = "packed" if backbone.family is not None else "padded"
-    return f"{sha256[:16]}-{backbone.pooling}-{how}-torch{version('torch')}-{device}{torch.get_num_threads()}"
+    where = f"{device}{torch.get_num_threads()}-{fingerprint(backbone)}"
+    return f"{sha256[:16]}-{backbone.pooling}-{how}-torch{version('torch')}-{where}"
 
 
 def golden_items(preferences: Sequence[Preference]) -> list[Conversation]:

@@ -151,7 +151,7 @@ def _disentangled(
     q: Tensor, k: Tensor, v: Tensor, key_HWd: Tensor, query_HWd: Tensor, scale: float, dropout: float
 ) -> Tensor:
     """Context (n, H, S, d) of segments of one length; q, k, v are (n, H, S, d)."""
-    if dropout:
+    if dropout or torch.is_autocast_enabled(q.device.type):
         scores = (q @ k.mT + _content_to_position(q, key_HWd) + _position_to_content(k, query_HWd)) * scale
         return torch.nn.functional.dropout(scores.softmax(-1), dropout) @ v
     return _Disentangled.apply(q, k, v, key_HWd, query_HWd, scale)  # type: ignore[no-any-return]

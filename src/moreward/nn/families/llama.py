@@ -22,6 +22,7 @@ class Family:
 
     def __init__(self, base: Any, classifier: Any) -> None:
         self.base = base
+        self.norms_heads = base.config.model_type == "qwen3"
         self.num_layers = len(base.layers)
 
     @staticmethod
@@ -44,7 +45,7 @@ class Family:
             linear(part, normed_TD).unflatten(1, (-1, attention.head_dim))
             for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        if hasattr(attention, "q_norm"):  # Qwen3
+        if self.norms_heads:
             q_THd, k_TGd = attention.q_norm(q_THd), attention.k_norm(k_TGd)
         cos_T1d, sin_T1d = self._angles(stream, x_TD)
         q_THd, k_TGd = (x * cos_T1d + _rotated(x) * sin_T1d for x in (q_THd, k_TGd))
