@@ -42,12 +42,7 @@ class Family:
         )
         dropout = attention.dropout.p if attention.training else 0.0
         context_TD = attend(q_THd, k_THd, v_THd, stream, scale=attention.scaling, causal=False, dropout=dropout)
-        if keep_L is not None:
-            context_TD, x_TD = context_TD[keep_L], x_TD[keep_L]
-        project = linear if keep_L is None else linear.leaves
-        x_TD = add_and_norm(layer.attention.output, project, context_TD, x_TD)
-        inner_TF = layer.intermediate.intermediate_act_fn(project(layer.intermediate.dense, x_TD))
-        return add_and_norm(layer.output, project, inner_TF, x_TD)
+        return after_attention(layer, context_TD, x_TD, linear, keep_L)
 
     def final(self, x_TD: Tensor) -> Tensor:
         return x_TD
@@ -57,8 +52,18 @@ class Family:
         return self.classifier.dropout(pooler.activation(linear.leaves(pooler.dense, first_LD)))  # type: ignore[no-any-return]
 
 
-def add_and_norm(output: Any, project: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """A block's end as BERT and DeBERTa write it: project, drop, add, norm."""
+def after_attention(layer: Any, context_TD: Tensor, x_TD: Tensor, linear: Linear, keep_L: Tensor | None) -> Tensor:
+    """The rest of a layer as BERT and DeBERTa write it, of the tokens `keep_L` where those are all that is read."""
+    if keep_L is not None:
+        context_TD, x_TD = context_TD[keep_L], x_TD[keep_L]
+    project = linear if keep_L is None else linear.leaves
+    x_TD = _add_and_norm(layer.attention.output, project, context_TD, x_TD)
+    inner_TF = layer.intermediate.intermediate_act_fn(project(layer.intermediate.dense, x_TD))
+    return _add_and_norm(layer.output, project, inner_TF, x_TD)
+
+
+def _add_and_norm(output: Any, project: Any, x: Tensor, residual: Tensor) -> Tensor:
+    """The end of a block: project, drop, add, norm."""
     y = output.dropout(project(output.dense, x))
     # In place where no gradient can need the sum's terms: one pass over memory less.
     in_place = not torch.is_grad_enabled() and y.dtype == residual.dtype

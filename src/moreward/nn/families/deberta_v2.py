@@ -20,7 +20,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 
 from moreward.nn.attention import by_segment
 from moreward.nn.families import Linear
-from moreward.nn.families.bert import add_and_norm
+from moreward.nn.families.bert import after_attention
 from moreward.nn.packing import Stream
 
 
@@ -57,12 +57,7 @@ class Family:
             for part in (attention.query_proj, attention.key_proj, attention.value_proj)
         )
         context_TD = self._attend(attention, q_THd, k_THd, v_THd, stream, linear)
-        if keep_L is not None:
-            context_TD, x_TD = context_TD[keep_L], x_TD[keep_L]
-        project = linear if keep_L is None else linear.leaves
-        x_TD = add_and_norm(layer.attention.output, project, context_TD, x_TD)
-        inner_TF = layer.intermediate.intermediate_act_fn(project(layer.intermediate.dense, x_TD))
-        return add_and_norm(layer.output, project, inner_TF, x_TD)
+        return after_attention(layer, context_TD, x_TD, linear, keep_L)
 
     def final(self, x_TD: Tensor) -> Tensor:
         return x_TD
