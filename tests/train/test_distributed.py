@@ -130,7 +130,8 @@ def same_weights(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor
     assert one.keys() == two.keys()
     for name, value in one.items():
         if "standardize" not in name:
-            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+            # Adam divides by the gradient's size: where that is nearly zero, rounding becomes a part of a step (0.02).
+            torch.testing.assert_close(two[name], value, rtol=0, atol=5e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # ---------------------------------------------------------------- a process dies
