@@ -136,3 +136,14 @@ def test_bf16_is_a_choice_and_its_price_is_shown(make, pairs):
 def test_an_unknown_dtype_is_refused(make):
     with pytest.raises(ConfigError, match="fp32 or bf16"):
         Scorer.load(make("arliss", "bert"), dtype="int8")
+
+
+def test_equal_texts_of_an_evaluation_are_computed_once(make, items, monkeypatch):
+    """A pair that truncation made equal must be a tie, in whatever chunks its two sides come."""
+    scorer = load(make("arliss", "bert"))
+    monkeypatch.setattr(scoring, "TOKENS_PER_FORWARD", {"cpu": 60})
+    twice = [items[0], *items[1:6], items[0], *items[6:9], replace(items[0], domain="another")]
+    found = scorer.score_routes(twice)
+    assert found[0] == found[6]
+    assert found[10].oracle is None
+    assert len(found) == len(twice)

@@ -169,14 +169,19 @@ class Scorer:
     def score_routes(self, items: Sequence[Conversation], *, seed: int = 0) -> list[RoutedReward]:
         """Each reward under the system's router, an oracle and a random router, with no expert computed twice."""
         encoded = self._encode(items, self.on_long)
-        results: list[RoutedReward | None] = [None] * len(encoded)
+        # Equal texts are computed once, so that a pair made equal by truncation is a tie and not decided by rounding.
+        first_with: dict[tuple[Encoded, str], int] = {}
+        firsts = [
+            first_with.setdefault((e, item.domain), i) for i, (e, item) in enumerate(zip(encoded, items, strict=True))
+        ]
+        once = sorted(first_with.values())
+        found: dict[int, RoutedReward] = {}
         routes: Routes = {}
-        for rows, batch in self._batches(items, encoded):
+        for rows, batch in self._batches([items[i] for i in once], [encoded[i] for i in once]):
             for row, routed in zip(rows, self._routed(batch, routes, seed), strict=True):
-                results[row] = RoutedReward(
-                    **routed, num_tokens=len(encoded[row].ids), truncated=encoded[row].truncated
-                )
-        return [r for r in results if r is not None]
+                e = encoded[once[row]]
+                found[once[row]] = RoutedReward(**routed, num_tokens=len(e.ids), truncated=e.truncated)
+        return [found[first] for first in firsts]
 
     def keep_features(self, store: FeatureStore) -> None:
         """Let frozen backbones look their vectors up in `store`; nothing happens where the backbone was trained."""
