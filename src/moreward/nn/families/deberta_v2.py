@@ -135,42 +135,50 @@ def _distances(attention: Any, length: int, device: torch.device) -> tuple[slice
     return slice(low, high), to_key - low, to_query - low
 
 
-def _shifted(x_nHSW: Tensor) -> Tensor:
+def _shifted(x_HnSW: Tensor) -> Tensor:
     """View of column S − 1 − i + j of row i at [i, j], for columns that run from distance S − 1 down."""
-    n, heads, size, width = x_nHSW.shape
-    a, b, _, _ = x_nHSW.stride()
-    return x_nHSW.as_strided((n, heads, size, size), (a, b, width - 1, 1), x_nHSW.storage_offset() + size - 1)
+    heads, n, size, width = x_HnSW.shape
+    a, b, _, _ = x_HnSW.stride()
+    return x_HnSW.as_strided((heads, n, size, size), (a, b, width - 1, 1), x_HnSW.storage_offset() + size - 1)
 
 
 def _disentangled(
     q: Tensor, k: Tensor, v: Tensor, key_HWd: Tensor, query_HWd: Tensor, scale: float, dropout: float
 ) -> Tensor:
     """Context (n, H, S, d) of segments of one length; q, k, v are (n, H, S, d)."""
+    # Heads first: the positions of a head are one product for all segments.
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
     if dropout or torch.is_autocast_enabled(q.device.type):
         scores = (q @ k.mT + _content_to_position(q, key_HWd) + _position_to_content(k, query_HWd)) * scale
-        return torch.nn.functional.dropout(scores.softmax(-1), dropout) @ v
-    return _Disentangled.apply(q, k, v, key_HWd, query_HWd, scale)  # type: ignore[no-any-return]
+        return (torch.nn.functional.dropout(scores.softmax(-1), dropout) @ v).transpose(0, 1)
+    context: Tensor = _Disentangled.apply(q, k, v, key_HWd, query_HWd, scale)
+    return context.transpose(0, 1)
 
 
 def _content_to_position(q: Tensor, key_HWd: Tensor) -> Tensor:
-    return _shifted((q @ key_HWd.mT).contiguous())
+    return _shifted(_with_table(q, key_HWd))
 
 
 def _position_to_content(k: Tensor, query_HWd: Tensor) -> Tensor:
     """At [i, j]: k_j · Q[δ(i − j)], a shift of the keys' rows: so this table runs from distance 1 − S up."""
-    return _shifted((k @ query_HWd.mT).contiguous()).mT
+    return _shifted(_with_table(k, query_HWd)).mT
+
+
+def _with_table(x_HnSd: Tensor, table_HWd: Tensor) -> Tensor:
+    """Each vector with each row of its head's table, (H, n, S, W)."""
+    rows_HMW = x_HnSd.flatten(1, 2) @ table_HWd.mT
+    return rows_HMW.view(*x_HnSd.shape[:3], -1)
 
 
 class _Disentangled(torch.autograd.Function):
-    """softmax(scale · (q kᵀ + shift(q Kᵀ) + shift(k Qᵀ)ᵀ)) v as one node: gradients of shifted views are written
-    through the same views."""
+    """softmax(scale · (q kᵀ + shift(q Kᵀ) + shift(k Qᵀ)ᵀ)) v as one node, heads first: gradients of shifted views are
+    written through the same views."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_HWd: Tensor, query_HWd: Tensor, scale: float) -> Tensor:
         scores = _content_to_position(q, key_HWd) + _position_to_content(k, query_HWd)
-        size = q.shape[2]
-        flat = scores.view(-1, size, size)
-        torch.baddbmm(flat, q.reshape(-1, size, q.shape[-1]), k.reshape(-1, size, k.shape[-1]).mT, out=flat)
+        flat = scores.flatten(0, 1)
+        torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1).mT, out=flat)
         probs = torch.softmax(scores.mul_(scale), -1)
         ctx.save_for_backward(q, k, v, key_HWd, query_HWd, probs)
         ctx.scale = scale
@@ -184,13 +192,13 @@ class _Disentangled(torch.autograd.Function):
         dv = probs.mT @ dout
         dprobs = dout @ v.mT
         dscores = probs * (dprobs - (dprobs * probs).sum(-1, keepdim=True)) * ctx.scale
-        width = key_HWd.shape[1]
-        dc2p = dscores.new_zeros((*dscores.shape[:3], width))
-        _shifted(dc2p).copy_(dscores)
+        dc2p = dscores.new_zeros((*dscores.shape[:3], key_HWd.shape[1]))
         dp2c = torch.zeros_like(dc2p)
+        _shifted(dc2p).copy_(dscores)
         _shifted(dp2c).copy_(dscores.mT)
-        dq = dscores @ k + dc2p @ key_HWd
-        dk = dscores.mT @ q + dp2c @ query_HWd
-        dkey = (dc2p.mT @ q).sum(0)
-        dquery = (dp2c.mT @ k).sum(0)
+        rows_c2p, rows_p2c = dc2p.flatten(1, 2), dp2c.flatten(1, 2)
+        dq = dscores @ k + (rows_c2p @ key_HWd).view_as(q)
+        dk = dscores.mT @ q + (rows_p2c @ query_HWd).view_as(k)
+        dkey = rows_c2p.mT @ q.flatten(1, 2)
+        dquery = rows_p2c.mT @ k.flatten(1, 2)
         return dq, dk, dv, dkey, dquery, None
