@@ -43,7 +43,7 @@ Deterministic = Annotated[
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("runs/demo"),
-    pairs: Annotated[int, typer.Option("--pairs", min=20, help="Training pairs per domain.")] = 160,
+    pairs: Annotated[int, typer.Option("--pairs", min=20, help="Training pairs per domain.")] = 120,
     noise: Annotated[float, typer.Option("--noise", min=0, max=0.5, help="Share of flipped training labels.")] = 0.1,
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
