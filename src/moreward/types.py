@@ -48,13 +48,15 @@ class Preference:
 
     `group` ties rows that must not stand on two sides of a split (the same prompt, document, debate);
     empty means "the prompt itself". `source` is `file:line`. `margin` is how much better, if known; `weight` what the
-    pair's loss is multiplied by. A pair that came as `token_ids` has no texts; it is for training only.
+    pair's loss is multiplied by. `capability`, if any, is the one point in which chosen is better: such a pair says
+    nothing of the whole. A pair that came as `token_ids` has no texts; it is for training only.
     """
 
     prompt: Text
     chosen: Text
     rejected: Text
     domain: str = NO_DOMAIN
+    capability: str = ""
     id: str = ""
     margin: float | None = None
     weight: float = 1.0

@@ -160,6 +160,7 @@ def _preferences(row: Row, judged: Judged, *, domain: str, source: str) -> list[
             domain=domain,
             id=f"{name}#{i}" if several and name else name,
             margin=margin,
+            capability=name_of(row, "capability"),
             group=judged.group or name_of(row, "group"),
             source=source,
             tools=tools,

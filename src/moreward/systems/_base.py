@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -86,8 +86,13 @@ class LoRAConfig(SystemConfig):
 class Stage:
     """One step of training. Everything outside `learn` is frozen while it runs.
 
-    `select` says which pairs it sees; `standardize` is fitted on the raw rewards of `module` over those pairs when
-    the stage ends.
+    `select` says which pairs it sees: those with a capability are labels of a part of the reward, so by default none
+    of them. `prepare` runs before the first step, on the weights that earlier stages left. `standardize` is fitted on
+    the raw rewards of `module` over the pairs it saw when the stage ends. `learning_rate` None is the run's.
+
+    `solve`, where there is a closed form, takes the place of the steps: it is given the stage's training and held-out
+    batches, sets the tensors of `learn` itself, and returns what the run's card shall say of it. What it sets beyond
+    parameters (a matrix that is no parameter) must be a buffer named in `keep`, so that checkpoints hold it.
 
     A stage of several experts names in `experts`, for each domain, what its expert moves: then a domain's loss is the
     mean over its own pairs of a step and its gradient is clipped by itself, as if its expert were trained alone on
@@ -98,8 +103,12 @@ class Stage:
     module: nn.Module
     learn: tuple[nn.Parameter, ...]
     objective: Objective
-    select: Callable[[Preference], bool] = lambda _: True
+    select: Callable[[Preference], bool] = lambda preference: not preference.capability
     standardize: Standardize | None = None
+    prepare: Callable[[], None] | None = None
+    solve: Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]] | None = None
+    keep: tuple[Tensor, ...] = ()
+    learning_rate: float | None = None
     experts: tuple[tuple[nn.Parameter, ...], ...] = ()
     standardizers: tuple[Standardize, ...] = ()
 
@@ -229,7 +238,7 @@ class RoutedSystem(System):
             module=OneExpert(self.routed.experts, index),
             learn=tuple(self.expert_parameters(name)),
             objective=pairwise,
-            select=lambda preference: preference.domain == domain,
+            select=lambda preference: preference.domain == domain and not preference.capability,
             standardize=self.standardizer(name),
         )
 

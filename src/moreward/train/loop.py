@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,10 +29,12 @@ from moreward.nn.losses import Outcome, refuse_non_finite
 from moreward.systems._base import Stage
 from moreward.train.plan import epoch_batches, stable_seed
 from moreward.train.track import MetricsFile, Reporter
+from moreward.types import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Solve = Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]]
 STANDARDIZE_PAIRS = 512
 LOG_EVERY = 10
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -93,9 +95,13 @@ class Fit:
         if checkpoint is not None and checkpoint.state["finished"]:
             self._copy_in(checkpoint.tensors("model"))
             return dict(checkpoint.state["report"])
+        if self.stage.solve is not None:
+            return self._solve(self.stage.solve)
         self.optimizer = self._make_optimizer()
         if checkpoint is not None:
             self._resume(checkpoint)
+        elif self.stage.prepare is not None:
+            self.stage.prepare()
         if self.accelerator.is_main_process:
             self.around.metrics.drop_after(self.stage.name, self.progress.step)
         model = self.accelerator.prepare_model(self.stage.module)
@@ -110,6 +116,25 @@ class Fit:
         report = self._report(time.monotonic() - started, first)
         self._save(finished=True, report=report)
         return report
+
+    def _solve(self, solve: Solve) -> dict[str, Any]:
+        """The stage's closed form in place of steps. Every process computes the same."""
+        started = time.monotonic()
+        self.around.reporter.start(self.stage.name, 1, 0)
+        self.stage.module.eval()
+        if self.stage.prepare is not None:
+            self.stage.prepare()
+        with torch.no_grad():
+            solved = solve(self._chunks(self.train), self._chunks(self.val))
+        self.around.reporter.finish()
+        self._standardize()
+        report = {**self._report(time.monotonic() - started, first=0), "solved": dict(solved)}
+        self._save(finished=True, report=report)
+        return report
+
+    def _chunks(self, pairs: Sequence[EncodedPair]) -> Iterator[Any]:
+        for start in range(0, len(pairs), self.config.batch_size):
+            yield self._batch(pairs[start : start + self.config.batch_size])
 
     def _one_step(self, model: nn.Module) -> None:
         step = self.progress.step
@@ -287,10 +312,15 @@ class Fit:
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.config.learning_rate or 0.0)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self._learning_rate)
+
+    @property
+    def _learning_rate(self) -> float:
+        own = self.stage.learning_rate
+        return (self.config.learning_rate or 0.0) if own is None else own
 
     def _set_learning_rate(self, step: int) -> float:
-        rate = (self.config.learning_rate or 0.0) * schedule(self.config, step, self.num_steps)
+        rate = self._learning_rate * schedule(self.config, step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

@@ -73,7 +73,11 @@ class Pairs:
 def _learned(preference: Preference) -> list[Any]:
     """What of a pair decides what is learned. Without what is rare, so that older runs keep their hash."""
     p = preference
-    rare = [*([p.weight] if p.weight != 1 else []), *([asdict(p.token_ids)] if p.token_ids else [])]
+    rare = [
+        *([p.capability] if p.capability else []),
+        *([p.weight] if p.weight != 1 else []),
+        *([asdict(p.token_ids)] if p.token_ids else []),
+    ]
     return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *rare]
 
 
@@ -293,8 +297,8 @@ class Work:
             parameter.requires_grad_(id(parameter) in learn)
         names: dict[str, Tensor] = {k: p for k, p in self.system.named_parameters() if id(p) in learn}
         standardizers = [one for one in (stage.standardize, *stage.standardizers) if one is not None]
-        if standardizers:
-            mine = {id(b) for one in standardizers for b in one.buffers()}
+        mine = {id(b) for one in standardizers for b in one.buffers()} | {id(b) for b in stage.keep}
+        if mine:
             names |= {k: b for k, b in self.system.named_buffers() if id(b) in mine}
         train, val = self._seen_by(stage, self.train), self._seen_by(stage, self.val)
         if not val:
