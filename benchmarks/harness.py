@@ -81,6 +81,7 @@ class Process:
         self.outputs: list[float] = []
         self.base_mb = 0.0
         self.peak_mb = 0.0
+        self.flops = 0
         self.rounds: dict[int, list[dict[str, float]]] = {}
         if not self.error:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -125,6 +126,12 @@ class Process:
             if len(self.rounds) == 1:  # memory is that of the first number of threads
                 self.peak_mb = answer["peak_mb"]
 
+    def count(self) -> None:
+        """The operations of one run; what cannot count them has none."""
+        failed = self.error
+        self.flops = self._tell(do="count").get("flops", 0)
+        self.error = failed
+
     def _tell(self, **told: Any) -> dict[str, Any]:
         if self.error:
             return {}
@@ -151,6 +158,8 @@ def run_case(case: Case, *, rounds: int, threads: Sequence[int], seconds: float)
                 for process in processes:
                     if not process.error:
                         process.round(num_threads)
+        for process in processes:
+            process.count()
     by_name = {p.contestant.name: p for p in processes}
     results = [_result(p, by_name[case.peer], by_name.get(case.reference or case.peer)) for p in processes]
     return {
@@ -171,6 +180,7 @@ def _result(process: Process, peer: Process, reference: Process | None) -> dict[
         clock = "cpu" if threads == 1 else "wall"
         seconds = [r[clock] for r in process.rounds[threads]]
         result[f"{clock}_{threads}"] = {**spread(seconds), "share": shares(process, peer, threads)}
+    result["gflop"] = process.flops / 1e9
     result["peak_mb"] = round(process.peak_mb)
     result["own_mb"] = round(process.peak_mb - process.base_mb)
     if contestant.environment:

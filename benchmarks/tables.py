@@ -7,7 +7,19 @@ from typing import Any
 
 from rich.table import Table
 
-HEADINGS = ("contestant", "1 thread, CPU ms", "share", "2 threads, ms", "share", "peak MB", "error", "tau", "flipped")
+HEADINGS = (
+    "contestant",
+    "1 thread, CPU ms",
+    "share",
+    "2 threads, ms",
+    "share",
+    "GFLOP",
+    "GFLOP/s",
+    "peak MB",
+    "error",
+    "tau",
+    "flipped",
+)
 
 
 def case_table(result: Mapping[str, Any]) -> Table:
@@ -33,6 +45,7 @@ def cells(contestant: Mapping[str, Any]) -> tuple[str, ...]:
         contestant["name"],
         *_times(contestant.get("cpu_1")),
         *_times(contestant.get("wall_2")),
+        *_work(contestant),
         f"{contestant['peak_mb']}",
         _number(exact.get("max_relative_error"), ".0e"),
         _number(exact.get("kendall_tau"), ".4g"),
@@ -46,6 +59,15 @@ def _times(found: Mapping[str, Any] | None) -> tuple[str, str]:
     share = found["share"]
     seconds = f"{milliseconds(found['median'])} ({milliseconds(found['min'])}-{milliseconds(found['max'])})"
     return seconds, "" if share is None else f"{share['median']:.3f}"
+
+
+def _work(contestant: Mapping[str, Any]) -> tuple[str, str]:
+    """Operations of the matrix products, and how many a second with one thread. Older records and foreign engines
+    have none."""
+    gflop, cpu = contestant.get("gflop", 0.0), contestant.get("cpu_1")
+    if not gflop:
+        return "", ""
+    return f"{gflop:.3g}", "" if cpu is None else f"{gflop / cpu['median']:.0f}"
 
 
 def milliseconds(seconds: float) -> str:

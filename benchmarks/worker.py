@@ -4,6 +4,8 @@
     builds the contestant, warms it up, and answers with its outputs and the seconds that a round takes
 {"do": "round"}
     answers with CPU and wall seconds of one run, the mean of the round's repeats
+{"do": "count"}
+    answers with the floating-point operations of the matrix products of one run; none where torch does not see them
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, TextIO
 
@@ -54,6 +56,37 @@ class Worker:
             self.run()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         return {"cpu": cpu / self.repeats, "wall": wall / self.repeats, "peak_mb": peak_mb()}
+
+    def count(self, _told: dict[str, Any]) -> dict[str, Any]:
+        """Counted by torch's own counter, to which CPU attention and oneDNN's linear layer are made known."""
+        if "torch" not in sys.modules:
+            return {"flops": 0}
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        known = {
+            torch.ops.mkldnn._linear_pointwise: _linear_flops,
+            attention: _attention_flops,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        }
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+            self.run()
+        return {"flops": counter.get_total_flops()}
+
+
+def _linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """Both products of attention, as if nothing were masked."""
+    return 4 * math.prod(query) * key[-2]
+
+
+def _attention_backward_flops(_grad: Any, query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """Five products, the first of which is the forward's again."""
+    return 10 * math.prod(query) * key[-2]
 
 
 def peak_mb() -> float:

@@ -170,9 +170,9 @@ def test_merged_weights_give_what_unmerged_adapters_give(backbones, kind, monkey
     backbone = backbones(kind, "own")
     ids_NT, mask_NT, adapter_N = batch_of([(40, a % 3, False) for a in range(9)], backbone.config.vocab_size, 1)
     with torch.no_grad():
-        monkeypatch.setattr(backbone.bank, "merge_from", lambda num_bytes: 1)
+        monkeypatch.setattr(backbone.bank, "merge_from", lambda num_bytes: dict.fromkeys(backbone.bank.shapes, 1))
         merged = backbone(ids_NT, mask_NT, adapter_N)
-        monkeypatch.setattr(backbone.bank, "merge_from", lambda num_bytes: 10**9)
+        monkeypatch.setattr(backbone.bank, "merge_from", lambda num_bytes: dict.fromkeys(backbone.bank.shapes, 10**9))
         unmerged = backbone(ids_NT, mask_NT, adapter_N)
     torch.testing.assert_close(merged, unmerged, rtol=1e-5, atol=1e-5)
 
@@ -181,7 +181,7 @@ def test_merged_weights_give_what_unmerged_adapters_give(backbones, kind, monkey
 def test_what_is_kept_is_computed_anew_when_weights_change(tiny_backbone, kind, monkeypatch):
     """Merged weights and position tables outlive a forward, but not a step of training."""
     backbone = make(tiny_backbone(kind), "own")
-    monkeypatch.setattr(backbone.bank, "merge_from", lambda num_bytes: 1)
+    monkeypatch.setattr(backbone.bank, "merge_from", lambda num_bytes: dict.fromkeys(backbone.bank.shapes, 1))
     ids_NT, mask_NT, adapter_N = batch_of([(30, a % 3, False) for a in range(6)], backbone.config.vocab_size, 2)
     with torch.no_grad():
         before = backbone(ids_NT, mask_NT, adapter_N)

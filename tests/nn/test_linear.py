@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moreward.nn import linear
-from moreward.nn.linear import FEW, MANY, FastLinear, choices_file, product, settle, speed_up
+from moreward.nn.linear import CHOICES, FEW, MANY, FastLinear, product, settle, speed_up
+from moreward.nn.measured import measurements_file
 
 KINDS = ("forward", "dx", "dW")
 
@@ -79,11 +80,11 @@ def test_plain_is_taken_when_asked(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4))
     speed_up(model)
     assert type(model[0]) is nn.Linear
-    assert not choices_file().exists()
+    assert not measurements_file(CHOICES).exists()
 
 
 def test_an_operator_that_disagrees_or_is_missing_is_not_taken(monkeypatch):
-    monkeypatch.setattr(linear, "_seconds", lambda work, flop: 1.0)
+    monkeypatch.setattr(linear, "seconds", lambda work, flop: 1.0)
     monkeypatch.setattr(linear, "WORTH", 0.5)  # every product that is right wins
     assert linear._onednn_wins("forward", MANY, 8, 8)
     monkeypatch.setattr(linear, "onednn", lambda x, w, b: F.linear(x, w) * 1.01)
@@ -112,8 +113,8 @@ def test_the_choice_is_measured_once_and_read_back_by_every_later_process(monkey
 
 def test_what_another_process_has_chosen_meanwhile_stands(monkeypatch):
     def other_process_is_first(*shape):
-        choices_file().parent.mkdir(parents=True, exist_ok=True)
-        choices_file().write_text(json.dumps([[k, r, 8, 4, True] for k in KINDS for r in (FEW, MANY)]))
+        measurements_file(CHOICES).parent.mkdir(parents=True, exist_ok=True)
+        measurements_file(CHOICES).write_text(json.dumps([[k, r, 8, 4, True] for k in KINDS for r in (FEW, MANY)]))
         return False
 
     monkeypatch.setattr(linear, "_onednn_wins", other_process_is_first)
@@ -122,8 +123,8 @@ def test_what_another_process_has_chosen_meanwhile_stands(monkeypatch):
 
 
 def test_a_damaged_file_of_choices_is_measured_again(monkeypatch):
-    choices_file().parent.mkdir(parents=True)
-    choices_file().write_text("[[")
+    measurements_file(CHOICES).parent.mkdir(parents=True)
+    measurements_file(CHOICES).write_text("[[")
     monkeypatch.setattr(linear, "_onednn_wins", lambda *shape: True)
     settle({(8, 4)})
     assert all(linear._choices.values())

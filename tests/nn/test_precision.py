@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import DebertaV2Config
 
-from moreward.nn.adapted import MERGE_FROM
 from moreward.nn.backbone import Backbone
 from moreward.nn.lora import LoRABank
+from moreward.nn.merging import MergeFrom
 from moreward.nn.trunk import TrunkStore
 
 KINDS = ("bert", "deberta-v2", "qwen2")
@@ -95,11 +95,12 @@ def test_a_projection_of_embeddings_is_below_all_layers():
     assert any("pooler" in name for name in backbone.bank.shapes)
 
 
-def test_one_more_adapter_changes_no_bit_of_the_others(tiny_backbone):
+def test_one_more_adapter_changes_no_bit_of_the_others(tiny_backbone, monkeypatch):
     """The rows from which weights are merged must not follow the number of adapters: `extend` adds one."""
     backbone = with_bank(Backbone.load(str(tiny_backbone("bert"))))
+    monkeypatch.setattr("moreward.nn.lora.merge_from", lambda sizes, *_: dict.fromkeys(sizes, MergeFrom(64, 100)))
     whole = sum(4 * i * o for i, o in backbone.bank.shapes.values())
-    ids_NT, mask_NT, _ = rows(2 * MERGE_FROM)
+    ids_NT, mask_NT, _ = rows(128)
     for memory in (whole * 3, whole * 50):
         backbone.kept.num_bytes = int(memory)
         with torch.no_grad():

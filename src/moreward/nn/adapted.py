@@ -1,8 +1,9 @@
 """The linear layers of one forward over a packed stream: the layer's product, and for each adapter what it adds.
 
 An adapter's rows are one slice, so its product is two small matrix products on that slice; in a stream without
-gradients a large slice meets the merged weight instead, which costs nothing beyond the layer's own product. Merged
-weights are kept in a bounded memory. T rows of the stream (or L of its leaves), R rank.
+gradients a large slice meets the merged weight instead, which costs nothing beyond the layer's own product: see
+`merging` for what is large. Merged weights are kept in a bounded memory. T rows of the stream (or L of its leaves),
+R rank.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moreward.nn.linear import chosen, product
+from moreward.nn.merging import add_delta, merged
 from moreward.nn.packing import Group, Stream
 
 if TYPE_CHECKING:
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 2 << 30
 """Memory for merged weights and position tables of one backbone."""
-MERGE_FROM = 64
-"""Rows from which a slice meets merged weights, where those of `MANY` adapters fit into the memory. Fewer rows are too
-few for a product of their own."""
-MANY = 16
 
 Pair = tuple[Tensor, Tensor]
 """A (R, in) and B (out, R) of one layer."""
@@ -91,7 +89,7 @@ class StreamLinear:
         self.stream, self.names, self.bank, self.kept_ones = stream, names, bank, kept
         present = {group.adapter for group in stream.groups}
         self.weights = {} if bank is None else {adapter: bank.weights(adapter) for adapter in present}
-        self.merge_from = bank.merge_from(kept.num_bytes) if bank is not None and merges else None
+        self.merge_from = bank.merge_from(kept.num_bytes) if bank is not None and merges else {}
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         return self._adapted(module, x, self.stream.groups)
@@ -133,14 +131,15 @@ class StreamLinear:
 
     def _without_gradients(self, module: Any, x: Tensor, given: Sequence[tuple[Group, Pair]]) -> Tensor:
         assert self.bank is not None
-        merged = [(g, p) for g, p in given if self.merge_from is not None and g.stop - g.start >= self.merge_from]
-        if not merged:
+        rows = self.merge_from.get(self.names[module])
+        large = [(g, p) for g, p in given if rows is not None and g.stop - g.start >= rows]
+        if not large:
             y = product(x, module.weight, module.bias)
             _add_deltas(y, x, given, self.bank.scale)
             return y
         y = x.new_empty(len(x), module.weight.shape[0])
         place = 0
-        for group, pair in merged:
+        for group, pair in large:
             if group.start > place:
                 y[place : group.start] = product(x[place : group.start], module.weight, module.bias)
             weight = self._merged(module, group.adapter, pair)
@@ -148,7 +147,7 @@ class StreamLinear:
             place = group.stop
         if place < len(x):
             y[place:] = product(x[place:], module.weight, module.bias)
-        _add_deltas(y, x, [one for one in given if one not in merged], self.bank.scale)
+        _add_deltas(y, x, [one for one in given if one not in large], self.bank.scale)
         return y
 
     def _merged(self, module: Any, adapter: int, pair: Pair) -> Tensor:
@@ -158,14 +157,14 @@ class StreamLinear:
         return self.kept_ones.get(
             ("merged", module, adapter),
             [module.weight, A_RI, B_OR],
-            lambda: torch.addmm(module.weight.detach(), B_OR, A_RI, alpha=scale),
+            lambda: merged(module.weight, A_RI, B_OR, scale),
         )
 
 
 def _add_deltas(y: Tensor, x: Tensor, given: Sequence[tuple[Group, Pair]], scale: float) -> None:
     for group, (A_RI, B_OR) in given:
         here = slice(group.start, group.stop)
-        y[here].addmm_(x[here] @ A_RI.mT, B_OR.mT, alpha=scale)
+        add_delta(y[here], x[here], A_RI, B_OR, scale)
 
 
 def with_adapters(

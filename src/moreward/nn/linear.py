@@ -4,30 +4,24 @@ PyTorch's fp32 product on CPU is MKL's, which leaves AMD's AVX-512 processors at
 PyTorch also carries, does not (Zen 5: 2.2 times faster forward, 2.1 for dx, 1.5 to 2 for dW, relative difference below
 2e-6). On AMD's AVX2 processors it is the other way round (Zen 3: oneDNN 0.8 to 1.0 forward, 0.55 to 0.7 for dW). So
 the product is chosen by measurement, for each shape, when a model is loaded. The choice is kept on disk, for a run must
-repeat bit for bit on its machine: see `choices_file`.
+repeat bit for bit on its machine: see `measured`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import logging
 import os
-import platform
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moreward.nn.features import cache_folder
+from moreward.nn.measured import Key, measure, seconds
 
-log = logging.getLogger(__name__)
-
+CHOICES = "linear"
+"""The kind of these measurements on disk."""
 TOLERANCE = 1e-5
 WORTH = 1.15
 """oneDNN must be this much faster: MKL is what everybody else computes with, and near equals should not flip."""
@@ -36,16 +30,9 @@ FEW, MANY = 32, 512
 MAX_FLOP = 4e8
 
 Kind = str  # "forward", "dx" or "dW"
-Shape = tuple[Kind, int, int, int]  # kind, rows (FEW or MANY), in, out
 
-_choices: dict[Shape, bool] = {}
-"""Whether oneDNN computes this shape; a shape that is not here is MKL's."""
-
-
-def choices_file() -> Path:
-    """Where the choices for this processor, torch and number of threads are kept."""
-    machine = f"{_processor()}/{torch.__version__}/{torch.get_num_threads()}"
-    return cache_folder() / "linear" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+_choices: dict[Key, bool] = {}
+"""Whether oneDNN computes this shape: kind, rows (FEW or MANY), in, out. A shape that is not here is MKL's."""
 
 
 def speed_up(model: nn.Module) -> None:
@@ -63,12 +50,8 @@ def speed_up(model: nn.Module) -> None:
 
 def settle(sizes: set[tuple[int, int]]) -> None:
     """Measure, or read back, the products of layers of these (in, out) sizes."""
-    known = _read(choices_file())
-    wanted = [(kind, rows, i, o) for i, o in sorted(sizes) for kind in _MAPS for rows in (FEW, MANY)]
-    new = {shape: _onednn_wins(*shape) for shape in wanted if shape not in known}
-    if new:
-        known = _keep(choices_file(), new)
-    _choices.update({shape: known[shape] for shape in wanted})
+    wanted: list[Key] = [(kind, rows, i, o) for i, o in sorted(sizes) for kind in _MAPS for rows in (FEW, MANY)]
+    _choices.update({shape: bool(wins) for shape, wins in measure(CHOICES, wanted, lambda s: _onednn_wins(*s)).items()})
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -162,50 +145,4 @@ def _onednn_wins(kind: Kind, rows: int, num_in: int, num_out: int) -> bool:
         if not bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()):
             return False
         flop = 2 * rows * num_in * num_out
-        return _seconds(lambda: F.linear(a, b), flop) > WORTH * _seconds(lambda: onednn(a, b, None), flop)
-
-
-def _seconds(work: Callable[[], object], flop: float) -> float:
-    """The best of a few rounds of up to ten calls."""
-    calls = max(1, min(10, int(5e7 / flop)))
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return "/".join(told.get(key, "") for key in ("vendor_id", "cpu family", "model", "flags"))
-
-
-def _read(path: Path) -> dict[Shape, bool]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return {(kind, int(rows), int(i), int(o)): bool(wins) for kind, rows, i, o, wins in stored}
-    except (OSError, ValueError, TypeError):  # not there, or damaged: measured again
-        return {}
-
-
-def _keep(path: Path, new: dict[Shape, bool]) -> dict[Shape, bool]:
-    """Add choices to the file; what another process has put there meanwhile stands, for both."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            known = {**new, **_read(path)}
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            told = json.dumps([[*shape, wins] for shape, wins in sorted(known.items())])
-            temporary.write_text(told, encoding="utf-8")
-            temporary.replace(path)
-    except OSError as error:
-        log.warning("%s cannot be written (%s): another run may compute with another product", path, error.strerror)
-        return {**new, **_read(path)}
-    return known
+        return seconds(lambda: F.linear(a, b), flop) > WORTH * seconds(lambda: onednn(a, b, None), flop)

@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moreward.errors import ConfigError
-from moreward.nn.adapted import MANY, MERGE_FROM
 from moreward.nn.backbone import Backbone, linear_names
+from moreward.nn.merging import MergeFrom, merge_from
+
+MANY = 16
+"""Adapters whose merged weights should fit into the memory for them to be taken as kept."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class LoRABank(nn.Module):
         if not self.shapes:
             raise ConfigError("system.targets: none of these layers is among the top system.adapter_layers")
         self.num_trunk_layers = 0 if top_layers is None else num_layers(backbone) - top_layers
+        self._merge_from: dict[tuple[int, int], MergeFrom] | None = None
         self._rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
         self.mixes_rows = _every_input_is_per_row(backbone, self.shapes)
         for name in self.shapes:
@@ -145,16 +149,16 @@ class LoRABank(nn.Module):
         chosen = self.adapters[self.names[adapter]]
         return {name: (chosen.A[parameter_key(name)], chosen.B[parameter_key(name)]) for name in self.shapes}  # type: ignore[index]
 
-    def merge_from(self, num_bytes: int) -> int:
-        """From how many rows on merged weights pay: a few, where those of many adapters fit into `num_bytes` and are
-        computed once; else from where merging anew, about R · in · out, costs less than the rows' own products,
-        about R · (in + out) each. It depends on nothing that changes from one batch to the next, nor on how many
-        adapters there are: a text gets the same bits after a domain was added."""
+    def merge_from(self, num_bytes: int) -> dict[str, int]:
+        """From how many rows on merged weights pay, by module: fewer, where those of many adapters fit into
+        `num_bytes` and are computed once, than where they are merged anew. It depends on nothing that changes from one
+        batch to the next, nor on how many adapters there are: a text gets the same bits after a domain was added."""
+        if self._merge_from is None:
+            self._merge_from = merge_from(set(self.shapes.values()), self.rank, next(self.parameters()).device)
         whole = sum(4 * num_in * num_out for num_in, num_out in self.shapes.values())
-        if whole * MANY <= num_bytes:
-            return MERGE_FROM
-        break_even = max(num_in * num_out // (num_in + num_out) for num_in, num_out in self.shapes.values())
-        return 2 * break_even
+        fit = whole * MANY <= num_bytes
+        rows = {size: found.kept if fit else found.anew for size, found in self._merge_from.items()}
+        return {name: rows[size] for name, size in self.shapes.items()}
 
     def merged_delta(self, adapter: str, module: str) -> Tensor:
         """The product that `adapter` adds to the weight of `module`, shape (out, in): scale · B A."""
