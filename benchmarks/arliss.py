@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from benchmarks.harness import Aim, Case, Contestant, run
 
-OURS, OURS_ONE, FLOOR = "ours", "ours, one by one", "ours, one model"
+OURS, OURS_ONE, FLOOR, BF16 = "ours", "ours, one by one", "ours, one model", "ours, bf16"
 HF, HF_ONE = "one HF model", "one HF model, one by one"
 PEFT, PEFT_GROUPS, RODOS = "ARLISS in PEFT", "ARLISS in PEFT, by group", "RODOS in HF"
 
@@ -19,7 +19,13 @@ def cases(quick: bool) -> Sequence[Case]:
     if quick:
         return [_case("deberta-tiny", prompt=16, tokens=32)]
     return [
-        _case("deberta-xsmall", Aim(who=OURS, peer=HF, share=0.40), Aim(who=OURS, peer=PEFT, share=0.20)),
+        _case(
+            "deberta-xsmall",
+            Aim(who=OURS, peer=HF, share=0.40),
+            Aim(who=OURS, peer=PEFT, share=0.20),
+            Aim(who=BF16, peer=HF, share=0.25),
+            Aim(who=BF16, peer=PEFT, share=0.12),
+        ),
         _case("minilm"),
     ]
 
@@ -46,6 +52,7 @@ def _case(shape: str, *aims: Aim, prompt: int = 64, tokens: int = 128) -> Case:
             ),
             Contestant(name=OURS, make="benchmarks.ours:arliss", arguments=told),
             Contestant(name=OURS_ONE, make="benchmarks.ours:arliss", arguments={**told, "one_by_one": True}),
+            Contestant(name=BF16, make="benchmarks.ours:arliss", arguments={**told, "bf16": True}),
             Contestant(name=FLOOR, make="benchmarks.ours:texts", arguments=one_model, compared=False),
         ],
         aims=[*aims, Aim(who=OURS, share=1e-5, of="error")],

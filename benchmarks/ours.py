@@ -13,21 +13,30 @@ from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.peers import Run, adapter_draws, best_of_n_rows, gate_of, step_inputs
+from moreward.nn.backbone import Backbone
 from moreward.systems.arliss import ArlissConfig, Recipe
 from moreward.types import Batch
 
 
-def texts(shape: str, lengths: Sequence[int]) -> Run:
-    """One model on texts in order of arrival, all in one call."""
+def texts(shape: str, lengths: Sequence[int], *, one_by_one: bool = False, bf16: bool = False) -> Run:
+    """One model on texts in order of arrival, all in one call; `one_by_one` is what `deterministic` does."""
     backbone = shapes.backbone(shape)
     head = shapes.head(backbone.hidden_size, 0)
-    ids_NT, mask_NT = shapes.padded(shapes.texts(lengths))
+    rows = shapes.texts(lengths)
+    parts = [shapes.padded([row]) for row in rows] if one_by_one else [shapes.padded(rows)]
+    in_precision(backbone, bf16=bf16)
 
     @torch.no_grad()
     def run() -> Tensor:
-        return head(backbone(ids_NT, mask_NT))[:, 0]  # type: ignore[no-any-return]
+        return torch.cat([head(backbone(ids_NT, mask_NT))[:, 0] for ids_NT, mask_NT in parts])
 
     return run
+
+
+def in_precision(backbone: Backbone, *, bf16: bool) -> None:
+    """As `Scorer.load(dtype=...)` does: the backbone in bf16, heads and gate in fp32."""
+    for parameter in backbone.parameters() if bf16 else ():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def adapters(
@@ -77,10 +86,18 @@ def arliss_system(shape: str, *, num: int, prompt: int, tokens: int, rank: int) 
 
 
 def arliss(
-    shape: str, *, num: int = 5, prompt: int = 64, tokens: int = 128, rank: int = 12, one_by_one: bool = False
+    shape: str,
+    *,
+    num: int = 5,
+    prompt: int = 64,
+    tokens: int = 128,
+    rank: int = 12,
+    one_by_one: bool = False,
+    bf16: bool = False,
 ) -> Run:
     """The paper's step through the recipe, all five conversations at once or one after another."""
     system, batch = arliss_system(shape, num=num, prompt=prompt, tokens=tokens, rank=rank)
+    in_precision(system.routed.router.backbone, bf16=bf16)
     parts = [_one(batch, i) for i in range(num)] if one_by_one else [batch]
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import shapes
 from benchmarks.harness import Aim, Case, Contestant, run
 
-OURS = "ours, in order of arrival"
+OURS, ALONE, BF16 = "ours, in order of arrival", "ours, deterministic (each text alone)", "ours, bf16"
 RANDOM, SORTED, ONE = "HF, dynamic padding, batches of 16", "HF, sorted, 2048 tokens", "HF, one by one"
 ORT, OPENVINO = "onnxruntime, sorted, 2048 tokens", "OpenVINO, sorted, 2048 tokens"
 
@@ -37,6 +37,8 @@ def _lengths(shape: str, num: int) -> Case:
             _onnxruntime(ORT, budget),
             _openvino(OPENVINO, budget),
             Contestant(name=OURS, make="benchmarks.ours:texts", arguments=told),
+            Contestant(name=ALONE, make="benchmarks.ours:texts", arguments={**told, "one_by_one": True}),
+            Contestant(name=BF16, make="benchmarks.ours:texts", arguments={**told, "bf16": True}),
         ],
         aims=[
             Aim(who=OURS, share=1e-5, of="error"),
