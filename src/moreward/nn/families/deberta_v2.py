@@ -5,11 +5,12 @@ positions through the key and query layers. The stock code projects all of the t
 repeats it over the batch and gathers a score at a time. Here a table is projected once for each adapter, only the
 distances that occur are taken from it, and scores are read through shifted views.
 
-T tokens, L leaves, D hidden, H heads, d head size, n segments of S tokens, W = 2S − 1 distances.
+T tokens, L leaves, D hidden, H heads, d head size, n segments of S tokens, W = 2S − 1 distances, M tokens of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,8 @@ from moreward.nn.attention import by_segment
 from moreward.nn.families import Linear
 from moreward.nn.families.bert import after_attention
 from moreward.nn.packing import Stream
+
+BLOCK = 64
 
 
 class Family:
@@ -135,50 +138,54 @@ def _distances(attention: Any, length: int, device: torch.device) -> tuple[slice
     return slice(low, high), to_key - low, to_query - low
 
 
-def _shifted(x_HnSW: Tensor) -> Tensor:
-    """View of column S − 1 − i + j of row i at [i, j], for columns that run from distance S − 1 down."""
-    heads, n, size, width = x_HnSW.shape
-    a, b, _, _ = x_HnSW.stride()
-    return x_HnSW.as_strided((heads, n, size, size), (a, b, width - 1, 1), x_HnSW.storage_offset() + size - 1)
+def _shifted(x_HnMW: Tensor) -> Tensor:
+    """View of column M − 1 − i + j of row i at [i, j], for M rows whose W = S + M − 1 columns run from the distance of
+    the last row to the first token down to that of the first row to the last token: (H, n, M, S)."""
+    heads, n, rows, width = x_HnMW.shape
+    a, b, _, _ = x_HnMW.stride()
+    return x_HnMW.as_strided(
+        (heads, n, rows, width - rows + 1), (a, b, width - 1, 1), x_HnMW.storage_offset() + rows - 1
+    )
 
 
 def _disentangled(
     q: Tensor, k: Tensor, v: Tensor, key_HWd: Tensor, query_HWd: Tensor, scale: float, dropout: float
 ) -> Tensor:
-    """Context (n, H, S, d) of segments of one length; q, k, v are (n, H, S, d)."""
+    """Context (n, H, S, d) of segments of one length; q, k, v are (n, H, S, d). The table of keys runs from distance
+    S − 1 down, that of queries from 1 − S up."""
     # Heads first: the positions of a head are one product for all segments.
     q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
     if dropout or torch.is_autocast_enabled(q.device.type):
-        scores = (q @ k.mT + _content_to_position(q, key_HWd) + _position_to_content(k, query_HWd)) * scale
+        scores = (q @ k.mT + _shifted(_with_table(q, key_HWd)) + _shifted(_with_table(k, query_HWd)).mT) * scale
         return (torch.nn.functional.dropout(scores.softmax(-1), dropout) @ v).transpose(0, 1)
     context: Tensor = _Disentangled.apply(q, k, v, key_HWd, query_HWd, scale)
     return context.transpose(0, 1)
 
 
-def _content_to_position(q: Tensor, key_HWd: Tensor) -> Tensor:
-    return _shifted(_with_table(q, key_HWd))
+def _with_table(x_HnMd: Tensor, table_HWd: Tensor) -> Tensor:
+    """Each vector with each row of its head's table, (H, n, M, W)."""
+    rows_HMW = x_HnMd.flatten(1, 2) @ table_HWd.mT
+    return rows_HMW.view(*x_HnMd.shape[:3], -1)
 
 
-def _position_to_content(k: Tensor, query_HWd: Tensor) -> Tensor:
-    """At [i, j]: k_j · Q[δ(i − j)], a shift of the keys' rows: so this table runs from distance 1 − S up."""
-    return _shifted(_with_table(k, query_HWd)).mT
-
-
-def _with_table(x_HnSd: Tensor, table_HWd: Tensor) -> Tensor:
-    """Each vector with each row of its head's table, (H, n, S, W)."""
-    rows_HMW = x_HnSd.flatten(1, 2) @ table_HWd.mT
-    return rows_HMW.view(*x_HnSd.shape[:3], -1)
+def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
+    """A segment's tokens, some at a time, and the rows of a table that these meet: a token meets only S of the 2S − 1
+    distances, so that small blocks leave nearly half of the products out."""
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        yield slice(start, stop), slice(length - stop, 2 * length - 1 - start)
 
 
 class _Disentangled(torch.autograd.Function):
-    """softmax(scale · (q kᵀ + shift(q Kᵀ) + shift(k Qᵀ)ᵀ)) v as one node, heads first: gradients of shifted views are
-    written through the same views."""
+    """softmax(scale · (q kᵀ + shift(q Kᵀ) + shift(k Qᵀ)ᵀ)) v as one node, heads first, blocks of tokens at a time:
+    gradients of shifted views are written through the same views."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_HWd: Tensor, query_HWd: Tensor, scale: float) -> Tensor:
-        scores = _content_to_position(q, key_HWd) + _position_to_content(k, query_HWd)
-        flat = scores.flatten(0, 1)
-        torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1).mT, out=flat)
+        scores = q @ k.mT
+        for tokens, met in _blocks(q.shape[2]):
+            scores[:, :, tokens] += _shifted(_with_table(q[:, :, tokens], key_HWd[:, met]))
+            scores[..., tokens] += _shifted(_with_table(k[:, :, tokens], query_HWd[:, met])).mT
         probs = torch.softmax(scores.mul_(scale), -1)
         ctx.save_for_backward(q, k, v, key_HWd, query_HWd, probs)
         ctx.scale = scale
@@ -192,13 +199,22 @@ class _Disentangled(torch.autograd.Function):
         dv = probs.mT @ dout
         dprobs = dout @ v.mT
         dscores = probs * (dprobs - (dprobs * probs).sum(-1, keepdim=True)) * ctx.scale
-        dc2p = dscores.new_zeros((*dscores.shape[:3], key_HWd.shape[1]))
-        dp2c = torch.zeros_like(dc2p)
-        _shifted(dc2p).copy_(dscores)
-        _shifted(dp2c).copy_(dscores.mT)
-        rows_c2p, rows_p2c = dc2p.flatten(1, 2), dp2c.flatten(1, 2)
-        dq = dscores @ k + (rows_c2p @ key_HWd).view_as(q)
-        dk = dscores.mT @ q + (rows_p2c @ query_HWd).view_as(k)
-        dkey = rows_c2p.mT @ q.flatten(1, 2)
-        dquery = rows_p2c.mT @ k.flatten(1, 2)
+        dq, dk = dscores @ k, dscores.mT @ q
+        dkey, dquery = torch.zeros_like(key_HWd), torch.zeros_like(query_HWd)
+        for tokens, met in _blocks(q.shape[2]):
+            _add_gradients(dscores[:, :, tokens], q, key_HWd, dq, dkey, tokens, met)
+            _add_gradients(dscores[..., tokens].mT, k, query_HWd, dk, dquery, tokens, met)
         return dq, dk, dv, dkey, dquery, None
+
+
+def _add_gradients(
+    dscores: Tensor, x: Tensor, table: Tensor, dx: Tensor, dtable: Tensor, tokens: slice, met: slice
+) -> None:
+    """Of shift(x tableᵀ) in a block: to the gradients of its tokens and of the rows of the table that they meet."""
+    rows = met.stop - met.start
+    dproduct = dscores.new_zeros((*dscores.shape[:3], rows))
+    _shifted(dproduct).copy_(dscores)
+    flat_HMW = dproduct.flatten(1, 2)
+    x_HnMd = x[:, :, tokens]
+    dx[:, :, tokens] += (flat_HMW @ table[:, met]).view_as(x_HnMd)
+    dtable[:, met] += flat_HMW.mT @ x_HnMd.flatten(1, 2)
