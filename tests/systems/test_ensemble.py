@@ -133,8 +133,8 @@ def test_a_member_in_other_units_changes_nothing(how: str, make: Make, pairs: Se
         raw = [r.reward for r in scorer.score(sides(pairs[:6]))]
         standardize.mean.mul_(8.0).sub_(20.0)
         standardize.std.mul_(8.0)
-    assert [r.reward for r in scorer.score(sides(pairs[:6]))] == pytest.approx(before, abs=2e-3)
-    assert how == "median" or raw != pytest.approx(before, abs=0.1), "statistics that are stored but not applied"
+    assert [r.reward for r in scorer.score(sides(pairs[:6]))] == pytest.approx(before, abs=0.05)
+    assert how == "median" or raw != pytest.approx(before, abs=1.0), "statistics that are stored but not applied"
 
 
 def test_a_zero_and_unit_folded_into_a_head_change_no_reward(make: Make, pairs: Sequence[Preference]) -> None:
@@ -144,7 +144,7 @@ def test_a_zero_and_unit_folded_into_a_head_change_no_reward(make: Make, pairs: 
     for name in system.names:
         fold(system.members.head(name), system.standardizer(name))
     assert all(float(m.std) == 1.0 for m in system.modules() if isinstance(m, Standardize))
-    assert [r.reward for r in scorer.score(sides(pairs[:6]))] == pytest.approx(before, abs=2e-3)
+    assert [r.reward for r in scorer.score(sides(pairs[:6]))] == pytest.approx(before, abs=0.05)
 
 
 def test_raw_members_are_refused_unless_told_otherwise(tiny_backbone: Tiny) -> None:
@@ -191,7 +191,7 @@ def test_an_ensemble_of_any_runs_on_one_backbone_is_the_aggregate_of_their_stand
     runs = [
         make("base_lora", "bert"),
         make("arliss", "bert"),
-        make("baseline", "bert", "tune=frozen", "data.domain_map={'*': all}"),
+        make("baseline", "bert", "tune=frozen", "data.domain_map={long: all, short: all}"),
     ]
     made = ensemble(runs, pairs[:20], out=tmp_path / "e", how=how)
     assert (made.num_responses, made.too_long) == (40, 0)

@@ -102,7 +102,8 @@ def merge(
 def _checked_weights(weights: Sequence[float] | None, num: int) -> tuple[float, ...]:
     if weights is None:
         return (1 / num,) * num
-    if len(weights) != num or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+    is_average = all(w >= 0 for w in weights) and abs(sum(weights) - 1) <= 1e-6  # false for NaN
+    if len(weights) != num or not is_average:
         given = ", ".join(f"{w:g}" for w in weights)
         raise ConfigError(f"--weights: one for each of the {num} runs, none negative, their sum 1 (got {given})")
     return tuple(float(w) for w in weights)
