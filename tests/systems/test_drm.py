@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moreward.data.batches import encode_pairs, pair_batch
+from moreward.data.split import draw_shots
 from moreward.errors import DataError
 from moreward.scoring import Scorer, load
-from moreward.systems.drm import draw_shots
 from moreward.types import Preference
 from trained import card, trained
 
@@ -88,6 +89,13 @@ def test_no_pair_and_no_prompt_is_on_both_sides(pairs: Sequence[Preference], num
 def test_too_many_shots_are_refused(pairs: Sequence[Preference]) -> None:
     with pytest.raises(DataError, match="leave none to evaluate"):
         draw_shots(pairs, 40, 0)
+
+
+def test_a_pair_that_does_not_fit_is_named_and_not_cut(run: Path, pairs: Sequence[Preference]) -> None:
+    scorer = load(run)
+    mine = [replace(p, chosen="long " * 200) if p.id == pairs[0].id else p for p in pairs[:20]]
+    with pytest.raises(DataError, match=f"leave out {pairs[0].id}"):
+        scorer.system.adapt(scorer.encoder, mine, num_shots=18)  # type: ignore[operator]
 
 
 def test_a_run_adapts_to_a_user_and_back(run: Path, pairs: Sequence[Preference]) -> None:

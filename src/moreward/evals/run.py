@@ -50,7 +50,8 @@ def evaluate_run(
         seconds=seconds,
         num_pairs=len(kept),
     )
-    told = [r.expert_rewards for r in (scorer.score(items, explain=True) if every_expert else routed)]
+    ask = every_expert and not scorer.system.member_labels
+    told = [r.expert_rewards for r in (scorer.score(items, explain=True) if ask else routed)]
     return Result(
         preferences=kept,
         evaluation=evaluate(kept, chosen, rejected, experts=scorer.experts, cost=cost),

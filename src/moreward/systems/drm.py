@@ -14,13 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moreward.data.batches import Encoder, encode_pairs, pair_batch
-from moreward.data.split import linked_groups
+from moreward.data.split import draw_shots
 from moreward.errors import DataError
 from moreward.nn.backbone import Backbone
 from moreward.nn.experts import Standardize
 from moreward.nn.losses import Objective
 from moreward.systems._base import Presets, Stage, System, SystemConfig, Tune, prepare_backbone
-from moreward.types import Batch, Preference, Rewards, text_key
+from moreward.types import Batch, Preference, Rewards
 
 
 class DRMConfig(SystemConfig):
@@ -103,7 +103,7 @@ class Recipe(System):
         rows = [i * len(names) // num for i in range(num)]
         score_NH = self._scores(batches)
         self.weigh(score_NH[[*rows, *(row + len(names) for row in rows)]])
-        return {"weighed_on": [names[row] for row in rows]}
+        return {"pairs": num, "weighed_on": [names[row] for row in rows] if self.config.num_shots else "all"}
 
     @torch.no_grad()
     def weigh(self, score_NH: Tensor) -> None:
@@ -128,32 +128,19 @@ class Recipe(System):
         self, encoder: Encoder, preferences: Sequence[Preference], *, num_shots: int = 15, seed: int = 0
     ) -> list[Preference]:
         """Weigh the heads anew by about `num_shots` of these pairs, drawn by prompt; the directions stay. Returns the
-        other pairs, which have no prompt in common with those: evaluate on them. Raises DataError where none is left.
+        other pairs, which have no prompt in common with those: evaluate on them. Raises DataError where none is left,
+        or where a drawn pair does not fit into the limit.
         """
         shots, rest = draw_shots(preferences, num_shots, seed)
-        encoded = encode_pairs(encoder, shots, self.domains, on_long="truncate").pairs
-        batch = pair_batch(encoded, encoder.pad_id).to(self.zero_H.device)
+        encoded = encode_pairs(encoder, shots, self.domains, on_long="drop")
+        if encoded.refused:
+            names = ", ".join(p.name for p in encoded.refused)
+            raise DataError(f"pairs to adapt on must fit into {encoder.max_length} tokens: leave out {names}")
+        batch = pair_batch(encoded.pairs, encoder.pad_id).to(self.zero_H.device)
         self.eval().weigh(self._scores([batch]))
         self.standardize.reset()
         self.standardize.fit(self(batch).reward_N)
         return rest
-
-
-def draw_shots(
-    preferences: Sequence[Preference], num_shots: int, seed: int
-) -> tuple[list[Preference], list[Preference]]:
-    """Whole prompt groups by chance until there are `num_shots` pairs, and the rest. DataError where none is left."""
-    groups = linked_groups(preferences)
-    order = sorted(set(groups), key=lambda group: text_key(str(seed), str(group)))
-    drawn: set[Any] = set()
-    for group in order:
-        if sum(g in drawn for g in groups) < num_shots:
-            drawn.add(group)
-    shots = [p for p, group in zip(preferences, groups, strict=True) if group in drawn]
-    rest = [p for p, group in zip(preferences, groups, strict=True) if group not in drawn]
-    if not shots or not rest:
-        raise DataError(f"{len(preferences)} pairs of {len(order)} prompts: {num_shots} shots leave none to evaluate")
-    return shots, rest
 
 
 def _difference(hidden_ND: Tensor) -> Tensor:
