@@ -94,6 +94,7 @@ def evaluate(
     shape: Annotated[str | None, typer.Option("--format", help="Row shape; auto detects. Default: as trained.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random router.")] = 0,
     dtype_check: Annotated[bool, typer.Option("--dtype-check", help="Say what bf16 costs instead.")] = False,
+    diversity: Annotated[bool, typer.Option("--diversity", help="Ask every expert: do they err together?")] = False,
 ) -> None:
     """Say per domain how good a run is, with intervals, and whether it beats a single model."""
     from moreward.data.split import linked_groups
@@ -106,9 +107,9 @@ def evaluate(
         return
     base = f"{baseline.name} (baseline)" if baseline else ""
     runs = {run.name: run, **({base: baseline} if baseline else {})}
+    how: dict[str, Any] = {"truncate": truncate, "backbone": backbone, "device": device, "seed": seed}
     results = {
-        name: _evaluate(path, preferences, truncate=truncate, backbone=backbone, device=device, seed=seed)
-        for name, path in runs.items()
+        name: _evaluate(path, preferences, **how, every_expert=diversity and path == run) for name, path in runs.items()
     }
     result = results[run.name]
     comparison = None
@@ -121,11 +122,16 @@ def evaluate(
         told: dict[str, Any] = {"evaluation": result.evaluation.to_json(), "routing": result.routing.to_json()}
         told |= {"too_long": dict(result.too_long)}
         told |= {"comparison": comparison.to_json()} if comparison else {}
+        told |= {"diversity": result.diversity.to_json()} if result.diversity else {}
         typer.echo(json.dumps(told, indent=1))
         return
     typer.echo(render_evaluation(result.evaluation, result.routing, comparison, name=run.name if baseline else ""))
     if baseline:
         typer.echo(_budgets(results))
+    if result.diversity:
+        typer.echo(result.diversity.to_text())
+    elif diversity:
+        typer.echo(f"{run}: has neither experts nor members that could be told apart", err=True)
     _say_too_long(result)
 
 
@@ -259,6 +265,86 @@ def extend(
         raise typer.Exit(1)
 
 
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)]
+NewRun = Annotated[Path, typer.Option("--out", help="The new run.", show_default=False)]
+
+
+@app.command()
+def ensemble(
+    runs: Runs,
+    reference: Annotated[
+        list[str],
+        typer.Option("--reference", metavar="PATH", help="Pairs whose responses give each member its zero and unit."),
+    ],
+    out: NewRun,
+    how: Annotated[str, typer.Option(help="mean, median, worst, uncertainty or deviation.")] = "mean",
+    caution: Annotated[float, typer.Option(min=0, help="λ of uncertainty and deviation.")] = 0.5,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+) -> None:
+    """Make one cautious reward of finished runs, of any recipes on one backbone. Nothing is trained."""
+    from moreward.train.ensemble import ensemble as ensemble_runs
+
+    made = ensemble_runs(
+        runs,
+        _load_pairs(reference, runs[0]),
+        out=out,
+        how=how,
+        caution=caution,
+        reference_name=", ".join(reference),
+        backbone=backbone,
+        truncate=truncate,
+    )
+    for run, (mean, std) in made.units.items():
+        typer.echo(f"{run}: zero {mean:+.3f}, unit {std:.3f} over {made.num_responses:,} responses")
+    if made.too_long:
+        typer.echo(f"{made.too_long:,} responses left out, longer than the limit (--truncate allows them)", err=True)
+    typer.echo(f"ensemble: {made.run}\nnext:     moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
+
+
+@app.command()
+def merge(
+    runs: Runs,
+    out: NewRun,
+    weights: Annotated[str | None, typer.Option(help="One for each run, as 0.3,0.7; equal by default.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut the merged adapters to this rank.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="PATH", help="Held-out pairs: accuracy on the way.")
+    ] = None,
+    different_starts: Annotated[
+        bool, typer.Option("--different-starts", help="Also runs of different seeds, whose heads started apart.")
+    ] = False,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+) -> None:
+    """Average the weights of finished runs into one model of the cost of one (WARM)."""
+    from moreward.evals.run import within_limit
+    from moreward.train.merge import merge as merge_runs
+
+    held_out = _load_pairs(data, runs[0]) if data else []
+    if held_out and not truncate:
+        held_out, too_long = within_limit(_load(runs[0], truncate=False, backbone=backbone), held_out)
+        if too_long:
+            typer.echo(f"left out, longer than the limit: {sum(too_long.values())} pairs", err=True)
+    made = merge_runs(
+        runs,
+        out=out,
+        weights=_numbers(weights, "--weights"),
+        rank=rank,
+        different_starts=different_starts,
+        backbone=backbone,
+        held_out=held_out,
+    )
+    typer.echo(f"weights: {', '.join(f'{w:.3g}' for w in made.weights)}")
+    if made.rank:
+        typer.echo(f"adapters: rank {made.rank}, relative error of the products {made.error:.2g}")
+    for point in made.path:
+        typer.echo(f"    {point.parent} {'-' * 3}> merged, {point.share:.0%} of the way: {point.accuracy:.1%}")
+    for parent in made.parents_below:
+        typer.echo(f"warning: half way from {parent} is worse than both ends: these weights do not average", err=True)
+    typer.echo(f"merged: {made.run}\nnext:   moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
+
+
 @app.command("list")
 def list_recipes() -> None:
     """Show the recipes and every configuration key with its default."""
@@ -364,21 +450,28 @@ def _load_pairs(
 
 
 def _evaluate(
-    run: Path, preferences: list[Preference], *, truncate: bool, backbone: str | None, device: str, seed: int = 0
+    run: Path,
+    preferences: list[Preference],
+    *,
+    truncate: bool,
+    backbone: str | None,
+    device: str,
+    seed: int = 0,
+    every_expert: bool = False,
 ) -> Result:
-    return _measure(_load(run, truncate=truncate, backbone=backbone, device=device), preferences, seed)
+    return _measure(_load(run, truncate=truncate, backbone=backbone, device=device), preferences, seed, every_expert)
 
 
-def _measure(scorer: Scorer, preferences: list[Preference], seed: int = 0) -> Result:
+def _measure(scorer: Scorer, preferences: list[Preference], seed: int = 0, every_expert: bool = False) -> Result:
     """Evaluate; what a frozen backbone says of a text is looked up where it is known."""
     from moreward.evals.run import evaluate_run
     from moreward.train.runner import feature_store
 
     if scorer.system.config.tune != "frozen":
-        return evaluate_run(scorer, preferences, seed=seed)
+        return evaluate_run(scorer, preferences, seed=seed, every_expert=every_expert)
     store = feature_store(scorer.card["config"]["backbone"], scorer.system.backbones()[0])
     scorer.keep_features(store)
-    result = evaluate_run(scorer, preferences, seed=seed)
+    result = evaluate_run(scorer, preferences, seed=seed, every_expert=every_expert)
     store.save()
     return result
 
@@ -406,6 +499,13 @@ def _check_same_pairs(results: dict[str, Result]) -> None:
     for name, result in results.items():
         if result.preferences != first:
             raise MorewardError(f"{name}: fits other pairs than the first run does; use --truncate for all of them")
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not numbers with commas between them", param_hint=option) from None
 
 
 def _say_too_long(result: Result) -> None:

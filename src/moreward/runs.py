@@ -113,7 +113,7 @@ def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System,
     tokenizer = load_tokenizer(str(folder / "backbone"))
     encoder = Encoder(tokenizer, config.data.max_length, config.data.input_template)
     with torch.random.fork_rng(devices=[]):
-        system = recipe(settings, _load_backbone(folder, card, backbone), card["domains"])
+        system = recipe(settings, load_backbone(folder, card, backbone), card["domains"])
     from safetensors.torch import load_file
 
     if faults := system.load_tensors(load_file(folder / "model.safetensors")):
@@ -121,7 +121,9 @@ def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System,
     return system.eval(), encoder, card
 
 
-def _load_backbone(folder: Path, card: dict[str, Any], elsewhere: str | None) -> Backbone:
+def load_backbone(folder: Path, card: dict[str, Any], elsewhere: str | None) -> Backbone:
+    """The backbone that a model directory was trained on, before training; under `tune=full` only its shape. RunError
+    where it is another one now."""
     from transformers import AutoConfig
 
     told = card["backbone"]

@@ -292,6 +292,13 @@ class Scorer:
             output = self.system(batch)
         _refuse_non_finite(output.reward_N)
         values = output.reward_N.tolist()
+        if members := self.system.member_labels:
+            assert output.expert_reward_NK is not None
+            told_NK = output.expert_reward_NK.tolist() if explain else [() for _ in values]
+            return [
+                Reward(reward=value, expert_rewards=dict(zip(members, told, strict=False)))
+                for value, told in zip(values, told_NK, strict=True)
+            ]
         if not self.experts or output.routing is None:
             return [Reward(reward=v) for v in values]
         experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
@@ -317,7 +324,11 @@ class Scorer:
     @torch.no_grad()
     def _routed(self, batch: Batch, routes: Routes, seed: int) -> list[dict[str, Any]]:
         if not isinstance(self.system, RoutedSystem):
-            return [{"reward": r.reward, "expert": r.expert} for r in self._rewards(batch, routes, explain=False)]
+            every = bool(self.system.member_labels)  # members have all spoken anyway
+            return [
+                {"reward": r.reward, "expert": r.expert, "expert_rewards": r.expert_rewards}
+                for r in self._rewards(batch, routes, explain=every)
+            ]
         routing = self._routing(batch, routes)
         k = routing.experts_NK.shape[1]
         known_N = batch.domain_N >= 0

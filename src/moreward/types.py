@@ -214,11 +214,12 @@ class Reward:
 class RoutedReward:
     """One conversation's reward under the system's own router, an oracle router (the expert of the row's
     domain) and a uniformly random one. The last two are None where the system has no expert per domain, and
-    `oracle` also where the row's domain has no expert."""
+    `oracle` also where the row's domain has no expert. `expert_rewards` are an ensemble's members', standardised."""
 
     reward: float
     expert: str = ""
     oracle: float | None = None
     random: float | None = None
+    expert_rewards: Mapping[str, float] = field(default_factory=dict)
     num_tokens: int = 0
     truncated: bool = False

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from moreward.errors import ConfigError
+from moreward.errors import ConfigError, DataError
 from moreward.types import Preference, text_key
 
 
@@ -103,3 +103,20 @@ def _count_domains(preferences: Sequence[Preference], label_of: Sequence[str]) -
     for preference, label in zip(preferences, label_of, strict=True):
         rows_of.setdefault(label, Counter())[preference.domain] += 1
     return rows_of
+
+
+def draw_shots(
+    preferences: Sequence[Preference], num_shots: int, seed: int
+) -> tuple[list[Preference], list[Preference]]:
+    """Whole prompt groups by chance until there are `num_shots` pairs, and the rest. DataError where none is left."""
+    groups = linked_groups(preferences)
+    order = sorted(set(groups), key=lambda group: text_key(str(seed), group))
+    drawn: set[str] = set()
+    for group in order:
+        if sum(g in drawn for g in groups) < num_shots:
+            drawn.add(group)
+    shots = [p for p, group in zip(preferences, groups, strict=True) if group in drawn]
+    rest = [p for p, group in zip(preferences, groups, strict=True) if group not in drawn]
+    if not shots or not rest:
+        raise DataError(f"{len(preferences)} pairs of {len(order)} prompts: {num_shots} shots leave none to evaluate")
+    return shots, rest

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from moreward.data.batches import side
 from moreward.errors import DataError
 from moreward.evals.accuracy import Correct, Cost, Evaluation, correct_pairs, evaluate
+from moreward.evals.diversity import Diversity, diversity_report
 from moreward.evals.routing import RoutingReport, routing_report
 from moreward.scoring import Scorer
 from moreward.types import Preference
@@ -17,19 +18,25 @@ from moreward.types import Preference
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One system's evaluation; `correct[i]` belongs to `preferences[i]`. `too_long` counts pairs left out."""
+    """One system's evaluation; `correct[i]` belongs to `preferences[i]`. `too_long` counts pairs left out.
+    `diversity` is None where there are no members, or experts were not asked."""
 
     preferences: list[Preference]
     evaluation: Evaluation
     routing: RoutingReport
     correct: Correct
     too_long: Mapping[str, int]
+    diversity: Diversity | None = None
 
 
-def evaluate_run(scorer: Scorer, preferences: Sequence[Preference], *, seed: int = 0) -> Result:
+def evaluate_run(
+    scorer: Scorer, preferences: Sequence[Preference], *, seed: int = 0, every_expert: bool = False
+) -> Result:
     """Score both sides of every pair under the router, an oracle and a random router, and measure.
 
-    Pairs beyond the model's limit are left out and counted per domain, unless the run truncates.
+    Pairs beyond the model's limit are left out and counted per domain, unless the run truncates. `every_expert` asks
+    all experts of every pair, for the diversity report, which costs as many passes more; an ensemble's members are
+    asked anyway.
     """
     kept, too_long = within_limit(scorer, preferences)
     started = time.monotonic()
@@ -43,12 +50,15 @@ def evaluate_run(scorer: Scorer, preferences: Sequence[Preference], *, seed: int
         seconds=seconds,
         num_pairs=len(kept),
     )
+    ask = every_expert and not scorer.system.member_labels
+    told = [r.expert_rewards for r in (scorer.score(items, explain=True) if ask else routed)]
     return Result(
         preferences=kept,
         evaluation=evaluate(kept, chosen, rejected, experts=scorer.experts, cost=cost),
         routing=routing_report(kept, chosen, rejected, experts=scorer.experts),
         correct=correct_pairs(chosen, rejected),
         too_long=too_long,
+        diversity=diversity_report(kept, told[::2], told[1::2]),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from moreward.errors import ConfigError
 from moreward.nn.backbone import Backbone
 from moreward.nn.linear import speed_up
 from moreward.nn.sparse import mix
@@ -88,10 +89,22 @@ class SoloExpert(nn.Module):
         return Rewards(reward_N=self.standardize(self.head(hidden_ND)))
 
 
+class Standardized(nn.Module):
+    """Any reward model, with a zero and a unit of its own on top."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.standardize = Standardize()
+
+    def forward(self, batch: Batch) -> Rewards:
+        return Rewards(reward_N=self.standardize(self.model(batch).reward_N))
+
+
 class SeparateExperts(nn.Module):
     """One whole reward model per expert (RODOS). Rows are sent to theirs in groups."""
 
-    def __init__(self, experts: Mapping[str, SoloExpert]) -> None:
+    def __init__(self, experts: Mapping[str, SoloExpert | Standardized]) -> None:
         super().__init__()
         self.experts = nn.ModuleDict(dict(experts))
 
@@ -103,8 +116,15 @@ class SeparateExperts(nn.Module):
                 reward_N = reward_N.index_put((index,), expert(batch.rows(index)).reward_N.to(reward_N.dtype))
         return reward_N
 
+    def every_expert(self, batch: Batch) -> Tensor:
+        """`reward_NE`: each row by all experts."""
+        return torch.stack([expert(batch).reward_N for expert in self.experts.values()], dim=1)
+
     def expert(self, name: str) -> SoloExpert:
         return cast(SoloExpert, self.experts[name])
+
+    def standardizer(self, name: str) -> Standardize:
+        return cast(Standardize, self.experts[name].standardize)
 
 
 class AdapterExperts(nn.Module):
@@ -129,6 +149,17 @@ class AdapterExperts(nn.Module):
                 z = self.standardize[name](head(hidden_ND[index]))
                 reward_N = reward_N.index_put((index,), z.to(reward_N.dtype))
         return reward_N
+
+    def every_expert(self, batch: Batch) -> Tensor:
+        """`reward_NE`: each row by all experts, in one pass in which it meets every adapter; without adapters its one
+        vector meets every head."""
+        num_rows, num_experts = len(batch), len(self.heads)
+        if self.backbone.bank is None:
+            hidden_ND = self.backbone(batch.ids_NT, batch.mask_NT)
+            return torch.stack([self.standardizer(e)(self.head(e)(hidden_ND)) for e in self.heads], dim=1)
+        row_M = torch.arange(num_rows, device=batch.ids_NT.device).repeat_interleave(num_experts)
+        expert_M = torch.arange(num_experts, device=batch.ids_NT.device).repeat(num_rows)
+        return self(batch.rows(row_M), expert_M).view(num_rows, num_experts)  # type: ignore[no-any-return]
 
     def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
         """Head, zero and unit by the name of the adapter they belong to: what can stand alone as a PEFT adapter. One
@@ -189,3 +220,26 @@ class FeedForwardExperts(nn.Module):
     def forward(self, hidden_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Σ_k weights_NK[:, k] · expert(hidden). Rows that do not use an expert do not pass through it."""
         return mix(self.experts, hidden_ND, experts_NK, weights_NK)
+
+
+def standardised_heads(model: nn.Module) -> list[tuple[RewardHead, Standardize]]:
+    """Every head with its zero and unit. ConfigError where one of the zeros and units belongs to no single head."""
+    found: list[tuple[RewardHead, Standardize]] = []
+    for module in model.modules():
+        if isinstance(module, SoloExpert) and isinstance(module.head, RewardHead):
+            found.append((module.head, module.standardize))
+        elif isinstance(module, AdapterExperts):
+            found += [(module.head(name), module.standardizer(name)) for name in module.heads]
+    if {s for _, s in found} != {m for m in model.modules() if isinstance(m, Standardize)}:
+        raise ConfigError("this recipe's reward is not that of single heads, into which zero and unit could be folded")
+    return found
+
+
+@torch.no_grad()
+def fold(head: RewardHead, standardize: Standardize) -> None:
+    """Write zero and unit into the head's last layer, w/s and (b - μ)/s: the rewards stay, the head is in standard
+    units itself."""
+    last, mean, std = head.last, standardize.mean, standardize.std
+    last.weight.copy_(last.weight.double() / std)
+    last.bias.copy_((last.bias.double() - mean) / std)
+    standardize.reset()
