@@ -384,15 +384,15 @@ def encode_rated(
     put_aside: list[Quarantined] = []
     for rated in rows:
         file, _, line = rated.source.rpartition(":")
-        place = (file, int(line) if line.isdigit() else 0, rated.conversation.domain or NO_DOMAIN)
+        number, domain = int(line) if line.isdigit() else 0, rated.conversation.domain or NO_DOMAIN
         try:
             encoded = encoder.conversation(rated.conversation)
         except DataError as error:
-            put_aside.append(Quarantined(*place, "bad_template", "", str(error)))
+            put_aside.append(Quarantined(file, number, domain, "bad_template", "", str(error)))
             continue
         if encoded.truncated and on_long == "drop":
             size = len(encoded.ids) + encoded.num_dropped
-            put_aside.append(Quarantined(*place, "too_long", "", f"{size} tokens"))
+            put_aside.append(Quarantined(file, number, domain, "too_long", "", f"{size} tokens"))
             continue
         ratings_K = tuple(rated.ratings.get(name, math.nan) for name in objectives)
         made.append(EncodedRated(rated, encoded, index.get(rated.conversation.domain, -1), ratings_K))

@@ -52,7 +52,7 @@ class ArmoRMConfig(SystemConfig):
     gate_layers: int = Field(3, ge=1)
     gate_dropout: float = Field(0.2, ge=0, lt=1)
     temperature: float = Field(10.0, gt=0, description="divides the gate's logits")
-    debias: str = Field("", description="an objective, or `length`, that the others shall not follow; empty: none")
+    debias: str | None = Field(None, description="an objective, or `length`, that the others shall not follow")
     debias_threshold: float = Field(0.03, ge=0, lt=1, description="rank correlation that may stay, one-sided")
     debias_limit: float = Field(1.0, gt=0, description="the most of the attribute that is subtracted")
     debias_own: float = Field(1.0, description="what is subtracted from the attribute itself; 1 removes it")
@@ -61,7 +61,7 @@ class ArmoRMConfig(SystemConfig):
     def _names_are_clear(self) -> Self:
         if len(set(self.objectives)) < len(self.objectives) or LENGTH in self.objectives:
             raise ValueError(f"objectives: each once, and none is called {LENGTH}, which is always there to debias")
-        if self.objectives and self.debias not in ("", LENGTH, *self.objectives):
+        if self.objectives and self.debias not in (None, LENGTH, *self.objectives):
             raise ValueError(f"debias: {self.debias!r} is neither {LENGTH} nor one of the objectives")
         return self
 
@@ -158,7 +158,7 @@ class Recipe(System):
     def __init__(self, config: ArmoRMConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__(config, backbone, domains)
         self.objectives = config.objectives or self.domains
-        if config.debias not in ("", LENGTH, *self.objectives):
+        if config.debias not in (None, LENGTH, *self.objectives):
             raise ConfigError(
                 f"system.debias: {config.debias!r} is neither {LENGTH} nor an objective: {', '.join(self.objectives)}"
             )
