@@ -29,6 +29,7 @@ from moreward.cli import app
 from moreward.config import RunConfig, merge, parse_assignments, resolve
 from moreward.data.formats import convert, detect
 from moreward.data.shapes import SHAPES
+from moreward.data.synthetic import DOMAINS
 from moreward.errors import ConfigError
 from moreward.registry import find_recipe, recipe_names
 from moreward.scoring import load
@@ -196,6 +197,25 @@ def test_the_recipe_example_is_found_trained_and_loaded_as_a_package(
     rewards = load(run).score([("A prime?", "11"), ("A prime?", "Twelve, I think.")])
     assert rewards[0].reward != rewards[1].reward
     assert CliRunner().invoke(app, ["list"]).exit_code == 0
+
+
+def test_the_ratings_example_writes_what_its_recipe_trains_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example(ROOT / "examples" / "ratings.py", ["rated", "--pairs", "6"], monkeypatch)
+    assert "rated/ratings.jsonl: 60 rows" in capsys.readouterr().out
+    configuration = next(b.text for b in blocks("yaml", [ROOT / "docs" / "recipes" / "armorm.md"]))
+    run = train(merge(yaml.safe_load(configuration), {"train": {"epochs": 1}}))
+    reward = load(run).score([("A prime?", "11")], explain=True)[0]
+    assert len(reward.expert_rewards) == 6
+    assert sum(reward.parts.values()) == pytest.approx(reward.reward, abs=1e-6)
+    code = next(b for b in blocks("python", [ROOT / "docs" / "recipes" / "armorm.md"]))
+    exec(compile(code.text, str(code), "exec"), {})
+    lines = Path(run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    domains = "|".join(DOMAINS)
+    written = {re.sub(rf"/({domains})/", "/DOMAIN/", key) for line in lines for key in json.loads(line)}
+    told = set(re.findall(r"^\| `((?:train|eval)/[\w/]+)`", prose(ROOT / "docs/recipes/armorm.md"), re.MULTILINE))
+    assert told == written - {"stage", "step"}
 
 
 def test_every_example_is_run_by_a_test_here() -> None:

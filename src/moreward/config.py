@@ -28,6 +28,7 @@ class DataConfig(_Section):
     train: Paths = Field((), description="files, folders, globs or hf:owner/name")
     val: Paths = Field((), description="as train; without it, a share of train is split off by prompt")
     val_fraction: float = Field(0.1, gt=0, lt=1)
+    ratings: Paths = Field((), description="rated conversations, for recipes that learn from ratings")
     shape: str | None = Field(None, description="row shape, when it cannot be told from the keys")
     domain: str | None = Field(None, description="one domain for every row")
     domain_key: str | None = Field(None, description="the column that names the domain")
@@ -40,7 +41,7 @@ class DataConfig(_Section):
     max_length: int = Field(512, ge=8, description="tokens of prompt and response together")
     on_long: Literal["drop", "truncate"] = Field("drop", description="what to do with longer pairs; counted")
 
-    @field_validator("train", "val", mode="before")
+    @field_validator("train", "val", "ratings", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

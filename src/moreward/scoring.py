@@ -149,6 +149,12 @@ class Scorer:
             found |= {once[row]: reward for row, reward in zip(rows, rewards, strict=True)}
         return [_named(found[first], item.id, e) for first, item, e in zip(firsts, conversations, encoded, strict=True)]
 
+    def batch(self, items: Sequence[Item]) -> Batch:
+        """Items as one batch of tokens, for those who call `system` itself; limits as in `score`."""
+        conversations = [as_conversation(item, i) for i, item in enumerate(items)]
+        encoded = self._encode(conversations, self.on_long)
+        return conversation_batch(encoded, [-1] * len(encoded), self.encoder.pad_id).to(self.device)
+
     def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
         """Indices of the responses, best first; equal rewards keep their order."""
         return self.compare(prompt, responses).order
@@ -303,19 +309,28 @@ class Scorer:
             return [Reward(reward=v) for v in values]
         experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
         everyone: list[list[float]] = [[] for _ in values]
+        parts: dict[str, list[float]] = {}
         if explain and isinstance(self.system, RoutedSystem):
             reward_NE = self.system.judge(batch, self._all_experts(batch))
             assert output.expert_reward_NK is not None
             # The experts used have spoken already; a second computation could differ in the last digit.
             everyone = reward_NE.scatter(1, output.routing.experts_NK, output.expert_reward_NK).tolist()
+        elif explain and output.expert_reward_NK is not None and output.expert_reward_NK.shape[1] == len(self.experts):
+            # All were used, so all have spoken.
+            everyone = output.expert_reward_NK.gather(1, output.routing.experts_NK.argsort(1)).tolist()
+        if explain:
+            parts = {name: part_N.tolist() for name, part_N in self.system.parts(batch).items()}
         return [
             Reward(
                 reward=value,
                 expert=self.experts[experts[0]],
                 weights={self.experts[e]: w for e, w in zip(experts, weights, strict=True)},
                 expert_rewards=dict(zip(self.experts, every, strict=False)),
+                parts={name: part[n] for name, part in parts.items()},
             )
-            for value, experts, weights, every in zip(values, experts_NK, weights_NK, everyone, strict=True)
+            for n, (value, experts, weights, every) in enumerate(
+                zip(values, experts_NK, weights_NK, everyone, strict=True)
+            )
         ]
 
     def _all_experts(self, batch: Batch) -> Tensor:
@@ -465,6 +480,7 @@ def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:
         expert=reward.expert,
         weights=reward.weights,
         expert_rewards=reward.expert_rewards,
+        parts=reward.parts,
         num_tokens=len(encoded.ids),
         truncated=encoded.truncated,
         id=name,

@@ -92,13 +92,26 @@ class Conversation:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rated:
+    """A conversation with absolute ratings in [0, 1] by objective; objectives that nobody rated are not in it.
+
+    `group` and `source` as in `Preference`.
+    """
+
+    conversation: Conversation
+    ratings: Mapping[str, float]
+    group: str = ""
+    source: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Tokenised conversations. Where `is_pairs`, rows 0..B-1 are chosen and rows B..2B-1 rejected.
 
     A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
     conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
-    `weight_B` is None where every pair weighs 1.
+    `weight_B` is None where every pair weighs 1. `ratings_NK` (NaN where missing) are there for rated conversations.
     """
 
     ids_NT: Tensor
@@ -112,6 +125,7 @@ class Batch:
     is_pairs: bool = False
     names: tuple[str, ...] = ()
     truncated_N: Tensor | None = None
+    ratings_NK: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.ids_NT.shape[0])
@@ -140,6 +154,7 @@ class Batch:
             is_pairs=False,
             names=(),
             truncated_N=None,
+            ratings_NK=None,
         )
 
 
@@ -198,13 +213,15 @@ class Reward:
     """The reward of one conversation, as users see it. Higher is better.
 
     `expert` is the one that spoke loudest and `weights` the gate's weight of each expert used; both are empty
-    for a system without named experts. `expert_rewards` (every expert, standardised) only when explained.
+    for a system without named experts. `expert_rewards` (every expert, standardised) and `parts` (what each part adds;
+    they sum to `reward`) only when explained, `parts` only where the reward is such a sum.
     """
 
     reward: float
     expert: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     expert_rewards: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
     num_tokens: int = 0
     truncated: bool = False
     id: str = ""

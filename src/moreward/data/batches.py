@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from jinja2 import TemplateError
 from moreward.data.audit import PairLengths, TokenizerMarks
 from moreward.data.load import Quarantined
 from moreward.errors import DataError
-from moreward.types import Batch, Conversation, Message, Preference, Text
+from moreward.types import NO_DOMAIN, Batch, Conversation, Message, Preference, Rated, Text
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,18 @@ class EncodedPair:
     @property
     def num_tokens(self) -> int:
         return max(len(self.chosen.ids), len(self.rejected.ids))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRated:
+    rated: Rated
+    encoded: Encoded
+    domain: int
+    ratings_K: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.encoded.ids)
 
 
 class Encoder:
@@ -359,6 +372,39 @@ def pair_batch(pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
         is_pairs=True,
         names=tuple(p.preference.name for p in pairs),
     )
+
+
+def encode_rated(
+    encoder: Encoder, rows: Sequence[Rated], objectives: Sequence[str], domains: Sequence[str], *, on_long: str
+) -> tuple[list[EncodedRated], list[Quarantined]]:
+    """Tokenise rated conversations, their ratings in the order of `objectives`, NaN where missing; and those that do
+    not fit or that the chat template refuses."""
+    index = {domain: i for i, domain in enumerate(domains)}
+    made: list[EncodedRated] = []
+    put_aside: list[Quarantined] = []
+    for rated in rows:
+        file, _, line = rated.source.rpartition(":")
+        number, domain = int(line) if line.isdigit() else 0, rated.conversation.domain or NO_DOMAIN
+        try:
+            encoded = encoder.conversation(rated.conversation)
+        except DataError as error:
+            put_aside.append(Quarantined(file, number, domain, "bad_template", "", str(error)))
+            continue
+        if encoded.truncated and on_long == "drop":
+            size = len(encoded.ids) + encoded.num_dropped
+            put_aside.append(Quarantined(file, number, domain, "too_long", "", f"{size} tokens"))
+            continue
+        ratings_K = tuple(rated.ratings.get(name, math.nan) for name in objectives)
+        made.append(EncodedRated(rated, encoded, index.get(rated.conversation.domain, -1), ratings_K))
+    return made, put_aside
+
+
+def rated_batch(rows: Sequence[EncodedRated], pad_id: int) -> Batch:
+    """Rated conversations to one Batch with `ratings_NK`, in float64."""
+    import torch
+
+    ratings_NK = torch.tensor([row.ratings_K for row in rows], dtype=torch.float64)
+    return _batch([row.encoded for row in rows], [row.domain for row in rows], pad_id, ratings_NK=ratings_NK)
 
 
 def conversation_batch(encoded: Sequence[Encoded], domains: Sequence[int], pad_id: int) -> Batch:

@@ -22,10 +22,12 @@ FAULTS: tuple[str, ...] = (
     "unsupported_content",
     "bad_margin",
     "bad_label",
+    "bad_rating",
     # what was said
     "empty_prompt",
     "empty_chosen",
     "empty_rejected",
+    "empty_response",
     "empty_conversation",
     "bad_role",
     "ends_on_user",

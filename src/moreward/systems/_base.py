@@ -87,8 +87,9 @@ class Stage:
     """One step of training. Everything outside `learn` is frozen while it runs.
 
     `select` says which pairs it sees: those with a capability are labels of a part of the reward, so by default none
-    of them. `prepare` runs before the first step, on the weights that earlier stages left. `standardize` is fitted on
-    the raw rewards of `module` over the pairs it saw when the stage ends. `learning_rate` None is the run's.
+    of them. A `rated` stage sees the rated conversations instead of pairs, and needs a `solve`. `prepare` runs before
+    the first step, on the weights that earlier stages left. `standardize` is fitted on the raw rewards of `module` over
+    the pairs it saw when the stage ends. `learning_rate` None is the run's.
 
     `solve`, where there is a closed form, takes the place of the steps: it is given the stage's training and held-out
     batches, sets the tensors of `learn` itself, and returns what the run's card shall say of it. What it sets beyond
@@ -108,6 +109,7 @@ class Stage:
     prepare: Callable[[], None] | None = None
     solve: Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]] | None = None
     keep: tuple[Tensor, ...] = ()
+    rated: bool = False
     learning_rate: float | None = None
     experts: tuple[tuple[nn.Parameter, ...], ...] = ()
     standardizers: tuple[Standardize, ...] = ()
@@ -148,6 +150,10 @@ class System(nn.Module):
     def stages(self, pairwise: Objective) -> list[Stage]:
         """The training of this system, in order. `pairwise` is the configured loss over pairs."""
         raise NotImplementedError
+
+    def parts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each part adds to the reward, `part_N` by name, where the reward is a sum of parts."""
+        return {}
 
     def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
         """Experts that are adapters in the backbone's bank: what makes a PEFT directory of each."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moreward.checkpoint import Checkpoint, CheckpointStore
 from moreward.config import TrainConfig
-from moreward.data.batches import EncodedPair, pair_batch
+from moreward.data.batches import EncodedPair, EncodedRated, pair_batch, rated_batch
 from moreward.errors import ConfigError, NonFiniteError
 from moreward.nn.experts import Standardize
 from moreward.nn.losses import Outcome, refuse_non_finite
@@ -76,10 +76,13 @@ class Fit:
         val: Sequence[EncodedPair],
         around: Surroundings,
         store: CheckpointStore,
+        rated: tuple[Sequence[EncodedRated], Sequence[EncodedRated]] = ((), ()),
     ) -> None:
-        """`names` are the tensors that this stage may move, under the names of the whole system."""
+        """`names` are the tensors that this stage may move, under the names of the whole system. A rated stage gets
+        `rated`, training and held-out conversations, in place of the pairs."""
         self.stage, self.names, self.around, self.store = stage, names, around, store
         self.train, self.val = list(train), list(val)
+        self.rated_train, self.rated_val = map(list, rated)
         self.config = around.config
         self.accelerator = around.accelerator
         self.batches_per_epoch = -(-len(self.train) // self.config.batch_size)
@@ -125,7 +128,10 @@ class Fit:
         if self.stage.prepare is not None:
             self.stage.prepare()
         with torch.no_grad():
-            solved = solve(self._chunks(self.train), self._chunks(self.val))
+            if self.stage.rated:
+                solved = solve(self._rated_chunks(self.rated_train), self._rated_chunks(self.rated_val))
+            else:
+                solved = solve(self._chunks(self.train), self._chunks(self.val))
         self.around.reporter.finish()
         self._standardize()
         report = {**self._report(time.monotonic() - started, first=0), "solved": dict(solved)}
@@ -135,6 +141,11 @@ class Fit:
     def _chunks(self, pairs: Sequence[EncodedPair]) -> Iterator[Any]:
         for start in range(0, len(pairs), self.config.batch_size):
             yield self._batch(pairs[start : start + self.config.batch_size])
+
+    def _rated_chunks(self, rows: Sequence[EncodedRated]) -> Iterator[Batch]:
+        for start in range(0, len(rows), self.config.batch_size):
+            chunk = rows[start : start + self.config.batch_size]
+            yield rated_batch(chunk, self.around.pad_id).to(self.accelerator.device)
 
     def _one_step(self, model: nn.Module) -> None:
         step = self.progress.step
@@ -340,6 +351,7 @@ class Fit:
             "stage": self.stage.name,
             "pairs": len(self.train),
             "val_pairs": len(self.val),
+            **({"rated": len(self.rated_train), "val_rated": len(self.rated_val)} if self.stage.rated else {}),
             "steps": self.progress.step,
             "stopped_early": self.progress.stopped,
             "best_step": self.progress.best_step,

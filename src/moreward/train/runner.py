@@ -25,9 +25,19 @@ from torch import Tensor
 
 from moreward.checkpoint import CheckpointStore, space_errors
 from moreward.config import RunConfig, deviations, resolve
-from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side, tokenizer_sha256
+from moreward.data.batches import (
+    EncodedPair,
+    EncodedRated,
+    EncodedSet,
+    Encoder,
+    encode_pairs,
+    encode_rated,
+    side,
+    tokenizer_sha256,
+)
 from moreward.data.books import account
 from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
+from moreward.data.ratings import Ratings, divided, load_ratings
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
@@ -64,10 +74,16 @@ class Pairs:
     val: list[Preference]
     report: dict[str, Any] = field(default_factory=dict)
     quarantine: list[Quarantined] = field(default_factory=list)
+    ratings: Ratings = field(default_factory=Ratings)
 
     def sha256(self) -> str:
         """One hash over what is learned from, in order."""
-        return _sha256([_learned(p) for p in (*self.train, *self.val)])
+        rated = [
+            [r.conversation.prompt, r.conversation.response, dict(r.ratings)]
+            for r in (*self.ratings.train, *self.ratings.val)
+        ]
+        # Without what is rare, so that older runs keep their hash.
+        return _sha256([*(_learned(p) for p in (*self.train, *self.val)), *([rated] if rated else [])])
 
 
 def _learned(preference: Preference) -> list[Any]:
@@ -99,6 +115,7 @@ def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = N
 
 def train_on(config: RunConfig, pairs: Pairs, *, reporter: Reporter | None = None) -> Path:
     """As `train`, on pairs already in memory."""
+    config = with_objectives(config, pairs.ratings)
     with open_run(config) as run:
         return _train_in(run, config, pairs, reporter or Silent())
 
@@ -145,7 +162,26 @@ def read_pairs(config: RunConfig) -> Pairs:
         sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
         quarantine = loaded.quarantine
         report["not_held_out"] = not_held_out(loaded.preferences, sides["val"])
-    return Pairs(sides["train"], sides["val"], report, quarantine)
+    ratings = Ratings()
+    if told.ratings:
+        ratings = divided(load_ratings(list(told.ratings), max_bad_share=told.max_bad_share), sides["val"])
+        report["ratings"] = ratings.report()
+    return Pairs(sides["train"], sides["val"], report, quarantine, ratings)
+
+
+def with_objectives(config: RunConfig, ratings: Ratings) -> RunConfig:
+    """The configuration with every rated objective filled in, where it names none. ConfigError where the recipe has
+    no use for ratings, or names an objective that nobody rated."""
+    found = ratings.objectives
+    if found and "objectives" not in find_recipe(config.recipe).Config.model_fields:
+        raise ConfigError(f"data.ratings: recipe {config.recipe!r} learns from pairs only; leave them out")
+    wanted = config.system.get("objectives") or ()
+    if missing := [name for name in wanted if name not in found]:
+        there = f"it has {', '.join(found)}" if found else "there is none"
+        raise ConfigError(f"system.objectives: {', '.join(missing)}: not rated in data.ratings ({there})")
+    if wanted or not found:
+        return config
+    return resolve({**config.model_dump(), "system": {**config.system, "objectives": list(found)}})
 
 
 def _told(loaded: Loaded) -> dict[str, Any]:
@@ -255,13 +291,30 @@ class Work:
             reporter.say(sentence)
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
+        self.rated, lost = self._encode_rated(pairs.ratings)
         self.books = account(pairs.quarantine, [self.train, self.val])
         if self.accelerator.is_main_process:
             quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
+            quarantine += [*pairs.ratings.quarantine, *lost]
             write_quarantine(quarantine, run / "quarantine.jsonl")
 
     def _encode(self, preferences: Sequence[Preference]) -> EncodedSet:
         return encode_pairs(self.encoder, preferences, self.domains, on_long=self.config.data.on_long)
+
+    def _encode_rated(
+        self, ratings: Ratings
+    ) -> tuple[tuple[list[EncodedRated], list[EncodedRated]], list[Quarantined]]:
+        objectives = tuple(self.config.system.get("objectives") or ())
+        sides, lost = [], []
+        for rows in (ratings.train, ratings.val):
+            made, put_aside = encode_rated(
+                self.encoder, rows, objectives, self.domains, on_long=self.config.data.on_long
+            )
+            sides.append(made)
+            lost += put_aside
+        if lost:
+            self.reporter.say(f"{len(lost)} rated conversations are not used: see quarantine.jsonl")
+        return (sides[0], sides[1]), lost
 
     def fit(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
         """Fit each stage in order, those that are finished already being read back."""
@@ -300,8 +353,10 @@ class Work:
         mine = {id(b) for one in standardizers for b in one.buffers()} | {id(b) for b in stage.keep}
         if mine:
             names |= {k: b for k, b in self.system.named_buffers() if id(b) in mine}
+        if stage.rated:
+            return Fit(stage, names, [], [], around, store, self.rated).run()
         train, val = self._seen_by(stage, self.train), self._seen_by(stage, self.val)
-        if not val:
+        if not val and stage.solve is None:
             self.reporter.say(f"{stage.name}: no held-out pair; trained without evaluation, the last weights are kept")
         return Fit(stage, names, train, val, around, store).run()
 
@@ -320,6 +375,7 @@ class Work:
         for one in self.system.backbones():
             one.store = store
         texts = [list(e.ids) for p in (*self.train.pairs, *self.val.pairs) for e in (p.chosen, p.rejected)]
+        texts += [list(row.encoded.ids) for rows in self.rated for row in rows]
         texts += [list(ids) for ids in {p.chosen.prompt_ids for p in (*self.train.pairs, *self.val.pairs)}]
         self.reporter.start("features", len(texts))
         store.compute(backbone, texts, progress=lambda done, _: self.reporter.step(done))
@@ -367,6 +423,7 @@ class Work:
             },
             "data": {
                 **self.pairs.report,
+                **({"rated": {"train": len(self.rated[0]), "val": len(self.rated[1])}} if any(self.rated) else {}),
                 **self._hashes(),
                 "train_pairs": _by_domain(self.train.pairs),
                 "val_pairs": _by_domain(self.val.pairs),
