@@ -137,6 +137,11 @@ class System(nn.Module):
         """What users call the experts: the domain of each; empty where there is nothing to choose from."""
         return ()
 
+    @property
+    def member_labels(self) -> tuple[str, ...]:
+        """What users call the members, where all judge every row: the columns of `Rewards.expert_reward_NK`."""
+        return ()
+
     def forward(self, batch: Batch) -> Rewards:
         raise NotImplementedError
 
