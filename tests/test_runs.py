@@ -45,7 +45,7 @@ def spare(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(data=st.data())
 def test_one_changed_byte_anywhere_is_refused_and_the_file_named(data: st.DataObject, spare: Path) -> None:
     folder = spare / "model"
-    name = data.draw(st.sampled_from(sorted(set(digests(folder)) - {"manifest.json"})))
+    name = data.draw(st.sampled_from(sorted(set(digests(folder)) - {"manifest.json", "calibration/manifest.json"})))
     raw = (folder / name).read_bytes()
     place = data.draw(st.integers(0, len(raw) - 1))
     bit = data.draw(st.integers(0, 7))

@@ -35,6 +35,16 @@ BackboneDir = Annotated[str | None, typer.Option("--backbone", help="Where the p
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut what is too long, and say so, instead of refusing.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp32 or bf16; the price of bf16 is shown by eval --dtype-check.")]
+Uncertain = Annotated[bool, typer.Option("--uncertainty", help="Say what speaks against trusting each reward.")]
+Conservative = Annotated[float, typer.Option("--conservative", min=0, help="λ of mean - λ · experts' disagreement.")]
+Abstain = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--abstain",
+        metavar="NAME=LIMIT",
+        help="Give no reward beyond: out_of_domain, router_entropy, disagreement. May be repeated.",
+    ),
+]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="A reward depends on its own text alone, to the last bit; slower.")
 ]
@@ -99,7 +109,7 @@ def evaluate(
     """Say per domain how good a run is, with intervals, and whether it beats a single model."""
     from moreward.data.split import linked_groups
     from moreward.evals.compare import compare as compare_systems
-    from moreward.report import render_evaluation
+    from moreward.report import calibration_words, render_evaluation
 
     preferences = _load_pairs(data, run, domain_key=domain_key, shape=shape)
     if dtype_check:
@@ -120,12 +130,13 @@ def evaluate(
         comparison = compare_systems(correct, groups, domains, baseline=base)
     if as_json:
         told: dict[str, Any] = {"evaluation": result.evaluation.to_json(), "routing": result.routing.to_json()}
-        told |= {"too_long": dict(result.too_long)}
+        told |= {"too_long": dict(result.too_long), "calibration": result.calibration}
         told |= {"comparison": comparison.to_json()} if comparison else {}
         told |= {"diversity": result.diversity.to_json()} if result.diversity else {}
         typer.echo(json.dumps(told, indent=1))
         return
     typer.echo(render_evaluation(result.evaluation, result.routing, comparison, name=run.name if baseline else ""))
+    typer.echo(calibration_words(result.calibration))
     if baseline:
         typer.echo(_budgets(results))
     if result.diversity:
@@ -187,6 +198,9 @@ def score(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows with prompt and response, or messages.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the rewards go.")],
     explain: Annotated[bool, typer.Option("--explain", help="Add every expert's reward.")] = False,
+    uncertainty: Uncertain = False,
+    conservative: Conservative = 0.0,
+    abstain: Abstain = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     truncate: Truncate = False,
     max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Stop when more rows than this are bad.")] = 0.01,
@@ -197,10 +211,24 @@ def score(
 ) -> None:
     """Give every row of a file its reward. Killed and started again, it goes on where it was."""
     from moreward.bulk import score_file
+    from moreward.scoring import load
     from moreward.train.track import Console
+    from moreward.uncertainty import parse_limits
 
     console = Console()
-    scorer = _load(run, truncate=truncate, backbone=backbone, device=device, dtype=dtype, deterministic=deterministic)
+    scorer = load(
+        run,
+        backbone=backbone,
+        device=device,
+        dtype=dtype,
+        deterministic=deterministic,
+        conservative=conservative,
+        abstain=parse_limits(abstain or []),
+    )
+    if truncate:
+        scorer.on_long = "truncate"
+    if uncertainty:
+        scorer.calibration()
     started = False
 
     def progress(done: int, total: int | None) -> None:
@@ -211,11 +239,21 @@ def score(
         console.step(done)
 
     report = score_file(
-        scorer, source, out, explain=explain, overwrite=overwrite, max_bad_share=max_bad_share, progress=progress
+        scorer,
+        source,
+        out,
+        explain=explain,
+        uncertainty=uncertainty,
+        overwrite=overwrite,
+        max_bad_share=max_bad_share,
+        progress=progress,
     )
     console.finish()
     resumed = f", {report.resumed_from:,} of them before" if report.resumed_from else ""
     typer.echo(f"{report.rows:,} rows: {report.scored:,} rewards, {report.bad:,} bad{resumed} -> {out}", err=True)
+    if report.abstained:
+        counts = ", ".join(f"{domain} {n:,}" for domain, n in report.abstained.items())
+        typer.echo(f"no reward was given in {sum(report.abstained.values()):,} of these rows: {counts}", err=True)
     for line in report.bad_rows:
         typer.echo(line, err=True)
     raise typer.Exit(report.exit_code)
@@ -343,6 +381,33 @@ def merge(
     for parent in made.parents_below:
         typer.echo(f"warning: half way from {parent} is worse than both ends: these weights do not average", err=True)
     typer.echo(f"merged: {made.run}\nnext:   moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
+
+
+@app.command()
+def calibrate(
+    run: Run,
+    data: Data,
+    as_json: AsJson = False,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of the division into halves.")] = 0,
+) -> None:
+    """Fit a finished run's probabilities and out-of-domain scores on pairs that it was not trained on."""
+    from moreward.report import calibration_words
+    from moreward.train.calibrate import calibrate_run
+
+    scorer = _load(run, truncate=truncate, backbone=backbone, device=device)
+    report = calibrate_run(scorer, run, _load_pairs(data, run), seed=seed).report
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+        return
+    typer.echo(f"{report['pairs']:,} pairs, {report['pairs_left_out'] + report['pairs_not_used']:,} not used")
+    for name, temperature in report["temperatures"].items():
+        typer.echo(f"    temperature of {name}: {temperature:.3f}")
+    if few := report["too_few_pairs_for_their_own"]:
+        typer.echo(f"    that of all pairs, for too few of their own: {', '.join(few)}")
+    typer.echo(calibration_words(report["quality"]))
 
 
 @app.command("list")

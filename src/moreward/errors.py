@@ -7,6 +7,7 @@ allowed and what to do.
     ├── BackboneError            a pretrained model directory
     ├── RunError                 a run folder: missing, damaged, of another configuration
     ├── NonFiniteError           training met NaN or Inf and stopped before the step
+    ├── AbstainedError           no reward was given where one is needed; only where abstaining was asked for
     ├── SpaceError               the disk is full (exit code 4)
     └── MissingExtraError        an optional dependency is not installed
 """
@@ -39,6 +40,10 @@ class RunError(MorewardError):
 
 
 class NonFiniteError(MorewardError):
+    pass
+
+
+class AbstainedError(MorewardError):
     pass
 
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import Protocol
+from typing import Any, Protocol
 
 from moreward.evals.accuracy import CHANCE, SATURATED, Cost, Evaluation, Measures
 from moreward.evals.compare import Comparison, Difference
@@ -265,6 +265,23 @@ def _flag_words(evaluation: Evaluation) -> list[str]:
         return told
     words = f"Flags: {'; '.join(found)}. Such domains hardly tell one system from another."
     return [*told, words if evaluation.unflagged else f"{words} Every domain is flagged."]
+
+
+def calibration_words(calibration: Mapping[str, Any] | None) -> str:
+    """What the run's temperatures do to its probabilities on these pairs: ECE in points, Brier score."""
+    if calibration is None:
+        return "Calibrated probabilities: not available for this run. Fit them: moreward calibrate RUN --data PAIRS"
+    every = calibration["all"]
+    before, after = every["before"], every["after"]
+    domains = [
+        f"{_plain(name)} {100 * one['before']['ece']:.1f} to {100 * one['after']['ece']:.1f}"
+        for name, one in calibration.items()
+        if name != "all"
+    ]
+    return (
+        f"Calibrated with the run's temperatures, over pairs: calibration error {100 * before['ece']:.1f} to "
+        f"{100 * after['ece']:.1f} points, Brier {before['brier']:.3f} to {after['brier']:.3f}{_listed(domains)}."
+    )
 
 
 # ---- several systems -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ run/
     backbone/          config.json and tokenizer of the backbone
     experts/NAME/      a PEFT adapter directory per expert, where experts are adapters
     manifest.json      size and SHA-256 of every file
+    calibration/       temperatures and where prompts lie, sealed by itself: it may be fitted again later
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from moreward.calibration import Calibration, calibration_faults, write_calibration
 from moreward.checkpoint import fsync_path, sha256_file, space_errors, verify_folder, write_json, write_manifest
 from moreward.config import resolve
 from moreward.data.batches import Encoder
@@ -55,7 +57,9 @@ def read_card(folder: Path) -> dict[str, Any]:
     return dict(card)
 
 
-def write_model(run: Path, system: System, encoder: Encoder, card: dict[str, Any]) -> Path:
+def write_model(
+    run: Path, system: System, encoder: Encoder, card: dict[str, Any], calibration: Calibration | None = None
+) -> Path:
     """Write `run/model` in one step: beside it first, then by rename."""
     temporary = run / f".model-{os.getpid()}"
     for left in run.glob(".model-*"):  # of writes that were cut short
@@ -64,6 +68,8 @@ def write_model(run: Path, system: System, encoder: Encoder, card: dict[str, Any
     try:
         with space_errors(run):
             _write_files(temporary, system, encoder, card)
+            if calibration is not None:
+                write_calibration(temporary, calibration, model=identity(temporary))
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             fsync_path(run)
@@ -104,7 +110,7 @@ def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System,
     not fit.
     """
     folder = model_folder(run)
-    if faults := verify_folder(folder):
+    if faults := [*verify_folder(folder), *calibration_faults(folder)]:
         raise RunError(f"{folder}: not as it was written: {'; '.join(faults)}")
     card = read_card(folder)
     config = resolve(card["config"])

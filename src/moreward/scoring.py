@@ -12,16 +12,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moreward.data.batches import Encoded, Encoder, conversation_batch
-from moreward.errors import ConfigError, DataError, NonFiniteError, RunError
+from moreward.calibration import EVERYONE, Calibration, how_to_get_it, read_calibration, sigmoid
+from moreward.data.batches import Encoded, Encoder, conversation_batch, side
+from moreward.errors import AbstainedError, ConfigError, DataError, NonFiniteError, RunError
 from moreward.nn.experts import Standardize
 from moreward.nn.features import FeatureStore
 from moreward.runs import identity, model_folder, read_model
 from moreward.systems._base import RoutedSystem, System
-from moreward.types import Batch, Conversation, Reward, RoutedReward, Routing, Text, concatenated
+from moreward.types import (
+    Batch,
+    Conversation,
+    Preference,
+    Reward,
+    Rewards,
+    RoutedReward,
+    Routing,
+    Text,
+    Uncertainty,
+    concatenated,
+)
+from moreward.uncertainty import Caution, Weigh, disagreement, router_entropy
 
 TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
 """What a processor's caches like best; on CPU more was slower (8,192: by 15 %)."""
@@ -39,7 +53,9 @@ ITEM_KEYS = ("prompt", "response", "id", "domain", "tools", "chat_template_kwarg
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several responses to one prompt: rewards as given, indices best first, P(row beats column)."""
+    """Several responses to one prompt: rewards as given, indices best first, P(row beats column).
+
+    Where the scorer abstained, a response has no reward and stands last."""
 
     rewards: list[Reward]
     order: list[int]
@@ -54,9 +70,22 @@ def load(
     check: bool = True,
     deterministic: bool = False,
     dtype: str = "fp32",
+    conservative: float = 0.0,
+    abstain: Mapping[str, float] | None = None,
+    weigh: Weigh = "even",
 ) -> Scorer:
     """Load a trained run; the arguments are those of `Scorer.load`."""
-    return Scorer.load(run, device=device, backbone=backbone, check=check, deterministic=deterministic, dtype=dtype)
+    return Scorer.load(
+        run,
+        device=device,
+        backbone=backbone,
+        check=check,
+        deterministic=deterministic,
+        dtype=dtype,
+        conservative=conservative,
+        abstain=abstain,
+        weigh=weigh,
+    )
 
 
 class Scorer:
@@ -69,6 +98,12 @@ class Scorer:
 
     `deterministic`: a reward depends on its own text alone, to the last bit, whatever it is scored together with; each
     text is then a forward of its own. Otherwise rewards of one text may differ in the last digits between batches.
+
+    `conservative` λ > 0 gives mean - λ · disagreement of the experts or members; 0 is the plain reward to the bit.
+    `abstain` maps `out_of_domain`, `router_entropy` or `disagreement` to the largest value with which a reward is
+    still given; beyond it `Reward.reward` is None and `abstained` says why. `weigh="gate"` counts each expert as the
+    router weighs it. Both cost every expert's forward, or one more of the prompt, as far as they need them.
+    ConfigError where the system cannot tell what is asked for, RunError where it would have to be fitted first.
     """
 
     def __init__(
@@ -80,7 +115,13 @@ class Scorer:
         identity: str = "",
         device: str = "auto",
         deterministic: bool = False,
+        conservative: float = 0.0,
+        abstain: Mapping[str, float] | None = None,
+        weigh: Weigh = "even",
+        calibration: Calibration | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """`folder` is that of the model, where a calibration is looked for when it is first needed."""
         self.device = pick_device(device)
         self.deterministic = deterministic
         self.system = system.eval().to(self.device)
@@ -91,6 +132,9 @@ class Scorer:
         for backbone in system.backbones():
             # Kept features would grow without end; evaluation asks for them itself.
             backbone.store = backbone.trunk_store = None
+        self.folder = folder
+        self._calibration = calibration
+        self.be_cautious(Caution(conservative=conservative, abstain=abstain, weigh=weigh))
 
     @classmethod
     def load(
@@ -102,12 +146,16 @@ class Scorer:
         check: bool = True,
         deterministic: bool = False,
         dtype: str = "fp32",
+        conservative: float = 0.0,
+        abstain: Mapping[str, float] | None = None,
+        weigh: Weigh = "even",
     ) -> Scorer:
         """`check` recomputes a few of the run's stored golden rewards and refuses on a difference. `dtype` bf16 halves
         the memory and on some processors the time, and changes rewards in the third digit; see `eval --dtype-check`.
         """
         if dtype not in ("fp32", "bf16"):
             raise ConfigError(f"dtype: {dtype!r} is not there; use fp32 or bf16")
+        caution = Caution(conservative=conservative, abstain=abstain, weigh=weigh)
         system, encoder, card = read_model(run, backbone=backbone)
         # Another way to compute is another scorer: a job that was begun with one is not ended with the other.
         name = "/".join(
@@ -115,9 +163,21 @@ class Scorer:
                 identity(model_folder(run)),
                 *([dtype] if dtype != "fp32" else []),
                 *(["deterministic"] if deterministic else []),
+                *([caution.name] if caution.name else []),
             ]
         )
-        scorer = cls(system, encoder, card, identity=name, device=device, deterministic=deterministic)
+        scorer = cls(
+            system,
+            encoder,
+            card,
+            identity=name,
+            device=device,
+            deterministic=deterministic,
+            conservative=conservative,
+            abstain=abstain,
+            weigh=weigh,
+            folder=model_folder(run),
+        )
         if check:
             scorer.check_golden(limit=4)
         if dtype == "bf16":
@@ -134,8 +194,77 @@ class Scorer:
     def domains(self) -> tuple[str, ...]:
         return self.system.domains
 
-    def score(self, items: Sequence[Item], *, explain: bool = False, on_long: str | None = None) -> list[Reward]:
-        """One Reward per item, in order. `explain` adds every expert's standardised reward."""
+    @property
+    def num_judges(self) -> int:
+        """How many experts or members can be asked about one conversation; 0 where nobody can be asked apart."""
+        return len(self.system.member_labels) or (len(self.experts) if isinstance(self.system, RoutedSystem) else 0)
+
+    def be_cautious(self, caution: Caution) -> None:
+        """Refuses, before anything is scored, what this system cannot tell."""
+        if caution.needs_disagreement and self.num_judges < 2:
+            raise ConfigError(
+                "conservative, abstain.disagreement: need experts or members that can disagree, and this run "
+                f"({self.card['recipe']}) has one voice. Leave them out, or take a run of rodos, arliss or an ensemble."
+            )
+        if "router_entropy" in (caution.abstain or {}) and len(self.experts) < 2:
+            raise ConfigError("abstain: router_entropy needs a router over two experts or more; this run has none")
+        if caution.weigh == "gate" and not isinstance(self.system, RoutedSystem):
+            raise ConfigError("weigh: 'gate' needs a router over experts that judge apart; this run has none")
+        if "out_of_domain" in (caution.abstain or {}):
+            self.calibration()
+        self.caution = caution
+
+    def find_calibration(self) -> Calibration | None:
+        """What was fitted when the run ended, or by `moreward calibrate`; None where nothing was. RunError where it is
+        damaged or of another model."""
+        if self._calibration is None and self.folder is not None:
+            self._calibration = read_calibration(self.folder, model=identity(self.folder))
+        return self._calibration
+
+    def calibration(self) -> Calibration:
+        """As `find_calibration`. RunError, which says how to get one, where there is none."""
+        found = self.find_calibration()
+        if found is None:
+            raise RunError(
+                f"{self.folder or 'this run'}: uncertainty is not available: nothing was fitted for it, as "
+                f"by older versions or without held-out pairs. {how_to_get_it()}"
+            )
+        return found
+
+    def score(
+        self, items: Sequence[Item], *, explain: bool = False, uncertainty: bool = False, on_long: str | None = None
+    ) -> list[Reward]:
+        """One Reward per item, in order. `explain` adds every expert's standardised reward; `uncertainty` what speaks
+        against trusting it, which asks every expert and reads the prompt once more. RunError where the latter was
+        never fitted."""
+        if uncertainty:
+            self.calibration()
+        cautious = uncertainty or self.caution.is_needed
+        rewards = self._plain(items, explain=explain, uncertain=cautious, on_long=on_long)
+        if not cautious:
+            return rewards
+        rewards = [self.caution.applied(reward) for reward in rewards]
+        return rewards if uncertainty else [replace(reward, uncertainty=None) for reward in rewards]
+
+    def probabilities(self, pairs: Sequence[Preference | tuple[Text, Text, Text]]) -> list[float]:
+        """Calibrated probability that the first response of each pair, (prompt, first, second) or a Preference, is the
+        better one: σ(difference of plain rewards / temperature of the expert that spoke), that of all pairs where two
+        spoke. RunError where no temperature was fitted."""
+        calibration = self.calibration()
+        items: list[Item] = []
+        for pair in pairs:
+            if isinstance(pair, Preference):
+                items += [side(pair, "chosen"), side(pair, "rejected")]
+            else:
+                prompt, first, second = pair
+                items += [(prompt, first), (prompt, second)]
+        rewards = self._plain(items)
+        return [_probability(a, b, calibration) for a, b in zip(rewards[::2], rewards[1::2], strict=True)]
+
+    def _plain(
+        self, items: Sequence[Item], *, explain: bool = False, uncertain: bool = False, on_long: str | None = None
+    ) -> list[Reward]:
+        """Rewards before any caution."""
         conversations = [as_conversation(item, i) for i, item in enumerate(items)]
         encoded = self._encode(conversations, on_long or self.on_long)
         # Equal texts are computed once: two rows of one batch could differ in the last bit.
@@ -145,7 +274,7 @@ class Scorer:
         found: dict[int, Reward] = {}
         routes: Routes = {}
         for rows, batch in self._batches([conversations[i] for i in once], [encoded[i] for i in once]):
-            rewards = self._rewards(batch, routes, explain)
+            rewards = self._rewards(batch, routes, explain, uncertain)
             found |= {once[row]: reward for row, reward in zip(rows, rewards, strict=True)}
         return [_named(found[first], item.id, e) for first, item, e in zip(firsts, conversations, encoded, strict=True)]
 
@@ -160,17 +289,31 @@ class Scorer:
         return self.compare(prompt, responses).order
 
     def best_of_n(self, prompt: Text, responses: Sequence[Text]) -> int:
-        """Index of the best response."""
-        return self.rank(prompt, responses)[0]
+        """Index of the best response. AbstainedError where the scorer abstained from all of them."""
+        compared = self.compare(prompt, responses)
+        best = compared.order[0]
+        if compared.rewards[best].reward is None:
+            raise AbstainedError(f"no best response: {compared.rewards[best].abstained}")
+        return best
 
-    def compare(self, prompt: Text, responses: Sequence[Text], *, explain: bool = False) -> Comparison:
-        """Rewards, order and pairwise preference probabilities σ(r_i - r_j) of responses to one prompt."""
+    def compare(
+        self, prompt: Text, responses: Sequence[Text], *, explain: bool = False, uncertainty: bool = False
+    ) -> Comparison:
+        """Rewards, order and pairwise preference probabilities of responses to one prompt: σ(r_i - r_j), with
+        `uncertainty` the calibrated ones of `probabilities`. Without it a response that has no reward has none of
+        these either: its row and column are of 0.5."""
         if not responses:
             raise DataError("compare: at least one response is needed (got 0)")
-        rewards = self.score([(prompt, r) for r in responses], explain=explain)
-        values = torch.tensor([r.reward for r in rewards], dtype=torch.float64)
-        order = sorted(range(len(rewards)), key=lambda i: -rewards[i].reward)
-        return Comparison(rewards, order, (values[:, None] - values[None, :]).sigmoid().tolist())
+        rewards = self.score([(prompt, r) for r in responses], explain=explain, uncertainty=uncertainty)
+        values = [r.reward for r in rewards]
+        order = sorted(range(len(rewards)), key=lambda i: (values[i] is None, -(values[i] or 0.0)))
+        if uncertainty:
+            calibration = self.calibration()
+            return Comparison(rewards, order, [[_probability(a, b, calibration) for b in rewards] for a in rewards])
+        given = torch.tensor([[v is not None for v in values]])
+        known = torch.tensor([v or 0.0 for v in values], dtype=torch.float64)
+        apart = (known[:, None] - known[None, :]).where(given & given.T, 0.0)
+        return Comparison(rewards, order, apart.sigmoid().tolist())
 
     def score_routes(self, items: Sequence[Conversation], *, seed: int = 0) -> list[RoutedReward]:
         """Each reward under the system's router, an oracle and a random router, with no expert computed twice."""
@@ -201,7 +344,7 @@ class Scorer:
             {
                 "prompt": item.prompt,
                 "response": item.response,
-                "reward": self.score([item], on_long="truncate")[0].reward,
+                "reward": self._plain([item], on_long="truncate")[0].number,
                 "experts": self._each_expert(item),
             }
             for item in items
@@ -221,8 +364,8 @@ class Scorer:
         largest = 0.0
         for stored in self.card["golden"][:limit]:
             item = Conversation(prompt=as_text(stored["prompt"]), response=as_text(stored["response"]))
-            now = self.score([item], on_long="truncate")[0]
-            difference = abs(now.reward - stored["reward"])
+            now = self._plain([item], on_long="truncate")[0]
+            difference = abs(now.number - stored["reward"])
             if difference > self._allowed(now):
                 raise RunError(
                     f"golden rewards differ by {difference:.2g}: this model does not compute what it computed when it "
@@ -291,12 +434,72 @@ class Scorer:
         return concatenated([routes[prompt] for prompt in prompts]).rows(batch.prompt_of_N)
 
     @torch.no_grad()
-    def _rewards(self, batch: Batch, routes: Routes, explain: bool) -> list[Reward]:
+    def _rewards(self, batch: Batch, routes: Routes, explain: bool, uncertain: bool = False) -> list[Reward]:
         if isinstance(self.system, RoutedSystem):
             output = self.system(batch, self._routing(batch, routes))
         else:
             output = self.system(batch)
         _refuse_non_finite(output.reward_N)
+        if not uncertain:
+            return self._told(batch, output, explain)
+        told = self._told(batch, output, explain=True)
+        doubts = self._doubts(batch, output, told)
+        return [
+            replace(reward, uncertainty=doubt, expert_rewards=reward.expert_rewards if explain else {})
+            for reward, doubt in zip(told, doubts, strict=True)
+        ]
+
+    def _doubts(self, batch: Batch, output: Rewards, told: Sequence[Reward]) -> list[Uncertainty]:
+        """What speaks against each reward; `told` holds every expert's reward."""
+        logits_NE = output.routing.logits_NE if output.routing is not None and len(self.experts) > 1 else None
+        gate = (
+            logits_NE.double().softmax(-1).tolist() if logits_NE is not None and self.caution.weigh == "gate" else None
+        )
+        entropy = router_entropy(logits_NE).tolist() if logits_NE is not None else [None] * len(told)
+        found = [
+            Uncertainty(
+                mean=reward.number,
+                disagreement=disagreement([*reward.expert_rewards.values()], gate and gate[n]),
+                router_entropy=entropy[n],
+            )
+            for n, reward in enumerate(told)
+        ]
+        calibration = self.find_calibration()
+        return found if calibration is None else self._placed(batch, calibration, found, told)
+
+    def _placed(
+        self, batch: Batch, calibration: Calibration, found: Sequence[Uncertainty], told: Sequence[Reward]
+    ) -> list[Uncertainty]:
+        """With what was fitted: where the prompt lies, and the temperature."""
+        space = calibration.space
+        hidden_PD = self.system.backbones()[0](batch.prompt_ids_PT, batch.prompt_mask_PT)
+        distance_P, nearest_P = space.distances(hidden_PD).min(1)
+        distances, nearest = distance_P.tolist(), nearest_P.tolist()
+        return [
+            replace(
+                doubt,
+                distance=distances[p],
+                nearest=space.domains[nearest[p]],
+                out_of_domain=space.share_nearer(distances[p]),
+                temperature=calibration.temperature(reward.expert),
+            )
+            for doubt, reward, p in zip(found, told, batch.prompt_of_N.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """`hidden_PD` that the first backbone, without adapters, gives the token ids of prompts."""
+        encoded = [Encoded(ids, ids, 0) for ids in prompts]
+        hidden_PD = torch.zeros(len(prompts), self.system.backbones()[0].hidden_size)
+        for rows in self._chunks(encoded):
+            batch = conversation_batch([encoded[r] for r in rows], [-1] * len(rows), self.encoder.pad_id)
+            batch = batch.to(self.device)
+            read = self.system.backbones()[0](batch.prompt_ids_PT, batch.prompt_mask_PT)
+            hidden_PD[rows] = read[batch.prompt_of_N].cpu()
+        return hidden_PD
+
+    def _told(self, batch: Batch, output: Rewards, explain: bool) -> list[Reward]:
+        """The rewards of an output as users see them."""
         values = output.reward_N.tolist()
         if members := self.system.member_labels:
             assert output.expert_reward_NK is not None
@@ -341,7 +544,7 @@ class Scorer:
         if not isinstance(self.system, RoutedSystem):
             every = bool(self.system.member_labels)  # members have all spoken anyway
             return [
-                {"reward": r.reward, "expert": r.expert, "expert_rewards": r.expert_rewards}
+                {"reward": r.number, "expert": r.expert, "expert_rewards": r.expert_rewards}
                 for r in self._rewards(batch, routes, explain=every)
             ]
         routing = self._routing(batch, routes)
@@ -485,6 +688,14 @@ def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:
         truncated=encoded.truncated,
         id=name,
     )
+    return replace(reward, num_tokens=len(encoded.ids), truncated=encoded.truncated, id=name)
+
+
+def _probability(first: Reward, second: Reward, calibration: Calibration) -> float:
+    """That the first is the better one, by rewards before any caution."""
+    a, b = (one.number if one.uncertainty is None else one.uncertainty.mean for one in (first, second))
+    expert = first.expert if first.expert == second.expert else EVERYONE
+    return float(sigmoid(np.array((a - b) / calibration.temperature(expert))))
 
 
 def _refuse_non_finite(reward: Tensor) -> None:

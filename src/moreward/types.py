@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from moreward.errors import AbstainedError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -209,22 +211,53 @@ class Rewards:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertainty:
+    """What speaks against trusting one reward.
+
+    `mean` is the reward without caution. `disagreement` is the population standard deviation of what the experts or
+    members say, in their unit; None where fewer than two say anything. `router_entropy` is 0 for a router that is sure
+    and 1 for one that has no idea; None without a router. `distance` is how far the prompt lies from the nearest
+    training domain (Mahalanobis, over √D; about 1 is usual), `nearest` that domain, and `out_of_domain` the share of
+    held-out prompts that lie nearer to theirs. `temperature` is what differences of this reward are divided by to
+    become probabilities. The last four are None (`nearest` empty) where the run has no calibration.
+    """
+
+    mean: float
+    disagreement: float | None = None
+    router_entropy: float | None = None
+    distance: float | None = None
+    nearest: str = ""
+    out_of_domain: float | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """The reward of one conversation, as users see it. Higher is better.
 
     `expert` is the one that spoke loudest and `weights` the gate's weight of each expert used; both are empty
     for a system without named experts. `expert_rewards` (every expert, standardised) and `parts` (what each part adds;
-    they sum to `reward`) only when explained, `parts` only where the reward is such a sum.
+    they sum to `reward`) only when explained, `parts` only where the reward is such a sum. `reward` is None only where
+    the scorer was told to abstain; then `abstained` says why. `uncertainty` only when asked for.
     """
 
-    reward: float
+    reward: float | None
     expert: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     expert_rewards: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
+    uncertainty: Uncertainty | None = None
+    abstained: str = ""
     num_tokens: int = 0
     truncated: bool = False
     id: str = ""
+
+    @property
+    def number(self) -> float:
+        """The reward, for those who cannot do without. Raises AbstainedError where there is none."""
+        if self.reward is None:
+            raise AbstainedError(f"{self.id or 'a conversation'}: no reward: {self.abstained}")
+        return self.reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

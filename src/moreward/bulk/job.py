@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from moreward.bulk.journal import Output
 from moreward.bulk.rows import BadRow, Row, parse, read_lines, scan_rows
 from moreward.checkpoint import sha256_file, space_errors
 from moreward.errors import ConfigError, DataError, MorewardError
-from moreward.types import Conversation, Reward
+from moreward.types import NO_DOMAIN, Conversation, Reward
 
 Progress = Callable[[int, int | None], None]
 
@@ -33,7 +34,7 @@ class SupportsScore(Protocol):
     def on_long(self) -> str:
         """What happens to conversations beyond the model's limit: another job where it is another."""
 
-    def score(self, items: Sequence[Conversation], *, explain: bool = False) -> list[Reward]:
+    def score(self, items: Sequence[Conversation], *, explain: bool = False, uncertainty: bool = False) -> list[Reward]:
         """One reward per item, in order. A MorewardError is taken to be about one of the items."""
 
 
@@ -41,7 +42,8 @@ class SupportsScore(Protocol):
 class BulkReport:
     """What a job did. `bad` counts every row with an error line; `bad_rows` names the first 20 of them.
 
-    `resumed_from` is the number of rows that an earlier process had already finished.
+    `resumed_from` is the number of rows that an earlier process had already finished. `abstained` counts, by the rows'
+    own domain (NO_DOMAIN for those without), the rows that were scored and got no reward, as the scorer was told.
     """
 
     rows: int
@@ -50,6 +52,7 @@ class BulkReport:
     bad_rows: tuple[str, ...]
     resumed_from: int
     seconds: float
+    abstained: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -64,6 +67,7 @@ def score_file(
     *,
     chunk: int = 256,
     explain: bool = False,
+    uncertainty: bool = False,
     max_bad_share: float = 0.01,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -73,8 +77,9 @@ def score_file(
     A row is `{"prompt", "response"}` (text or list of turns each) or `{"messages"}` whose last turn is the
     response, with `id`, `domain`, `tools` and `chat_template_kwargs` where it has them. Its line of output is
     `{"id", "row", "reward", "expert", "weights", "num_tokens", "truncated"}`, with `explain` also
-    `expert_rewards` and, where the recipe has them, `parts`; or `{"id", "row", "error": {"code", "message"}}`. `row` is
-    the line number in `source`, and the id of rows without one.
+    `expert_rewards` and, where the recipe has them, `parts`, with `uncertainty` also that; where the scorer abstains
+    `reward` is null and `abstained` the reason; or it is `{"id", "row", "error": {"code", "message"}}`. `row` is the
+    line number in `source`, and the id of rows without one.
 
     The source is read to count and check its rows before the model works, and again to score them. Progress is
     kept in `<target>.partial` and `<target>.progress.json` until the end; `progress` is told rows done and rows
@@ -86,7 +91,9 @@ def score_file(
     """
     started = time.monotonic()
     _check_arguments(source, target, chunk, max_bad_share)
-    job = {"model": scorer.identity, "on_long": scorer.on_long, "chunk": chunk, "explain": explain}
+    # Not a key of its own: the records of older versions lack it.
+    model = f"{scorer.identity}/uncertainty" if uncertainty else scorer.identity
+    job = {"model": model, "on_long": scorer.on_long, "chunk": chunk, "explain": explain}
     output = Output(target, job)
     output.refuse_finished(overwrite)
     scan = scan_rows(source)
@@ -100,7 +107,8 @@ def score_file(
             progress(done.rows, scan.rows)
         lines = islice(read_lines(source), done.rows, None)
         while rows := [parse(number, line) for number, line in islice(lines, chunk)]:
-            output.append(_score_rows(scorer, rows, explain), source.name)
+            records = _score_rows(scorer, rows, explain, uncertainty)
+            output.append(records, source.name, _abstained(rows, records))
             limit.check(done.bad, done.bad_rows)
             if progress:
                 progress(done.rows, scan.rows)
@@ -112,6 +120,7 @@ def score_file(
         bad_rows=tuple(done.bad_rows),
         resumed_from=resumed_from,
         seconds=time.monotonic() - started,
+        abstained=dict(sorted(done.abstained.items())),
     )
 
 
@@ -146,22 +155,34 @@ class _BadLimit:
             )
 
 
-def _score_rows(scorer: SupportsScore, rows: Sequence[Row], explain: bool) -> list[dict[str, Any]]:
+def _score_rows(
+    scorer: SupportsScore, rows: Sequence[Row], explain: bool, uncertainty: bool = False
+) -> list[dict[str, Any]]:
     """One record per row, in order."""
     items = [row.content for row in rows if isinstance(row.content, Conversation)]
-    outcomes = iter(_score(scorer, items, explain))
+    asked = {"explain": explain, **({"uncertainty": True} if uncertainty else {})}
+    outcomes = iter(_score(scorer, items, asked))
     return [_record(row, row.content if isinstance(row.content, BadRow) else next(outcomes), explain) for row in rows]
 
 
-def _score(scorer: SupportsScore, items: Sequence[Conversation], explain: bool) -> list[Reward | BadRow]:
+def _abstained(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Counter[str]:
+    """How many rows of each domain were given no reward."""
+    return Counter(
+        (isinstance(row.content, Conversation) and row.content.domain) or NO_DOMAIN
+        for row, record in zip(rows, records, strict=True)
+        if "abstained" in record
+    )
+
+
+def _score(scorer: SupportsScore, items: Sequence[Conversation], asked: Mapping[str, bool]) -> list[Reward | BadRow]:
     if not items:
         return []
     try:
-        rewards = scorer.score(items, explain=explain)
+        rewards = scorer.score(items, **asked)
     except MorewardError as error:
         if len(items) == 1:
             return [BadRow("not_scored", str(error))]
-        return [outcome for item in items for outcome in _score(scorer, [item], explain)]
+        return [outcome for item in items for outcome in _score(scorer, [item], asked)]
     if len(rewards) != len(items) or any(
         reward.id not in ("", item.id) for reward, item in zip(rewards, items, strict=True)
     ):
@@ -173,8 +194,9 @@ def _record(row: Row, outcome: Reward | BadRow, explain: bool) -> dict[str, Any]
     head = {"id": row.id, "row": row.number}
     if isinstance(outcome, BadRow):
         return {**head, "error": {"code": outcome.code, "message": str(outcome)}}
-    body = {
+    body: dict[str, Any] = {
         "reward": outcome.reward,
+        **({"abstained": outcome.abstained} if outcome.reward is None else {}),
         "expert": outcome.expert,
         "weights": dict(outcome.weights),
         "num_tokens": outcome.num_tokens,
@@ -184,6 +206,8 @@ def _record(row: Row, outcome: Reward | BadRow, explain: bool) -> dict[str, Any]
         body["expert_rewards"] = dict(outcome.expert_rewards)
         if outcome.parts:
             body["parts"] = dict(outcome.parts)
+    if outcome.uncertainty is not None:
+        body["uncertainty"] = asdict(outcome.uncertainty)
     try:
         json.dumps(body, allow_nan=False)
     except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Done:
     bad_rows: list[str] = field(default_factory=list)
     bytes: int = 0
     sha256: str = hashlib.sha256().hexdigest()
+    abstained: dict[str, int] = field(default_factory=dict)
 
 
 class Output:
@@ -83,8 +84,10 @@ class Output:
         self.done, self._hash = done, digest
         return ""
 
-    def append(self, records: Sequence[dict[str, Any]], source_name: str) -> None:
-        """Write one chunk's lines; they count once the record says so."""
+    def append(
+        self, records: Sequence[dict[str, Any]], source_name: str, abstained: Mapping[str, int] | None = None
+    ) -> None:
+        """Write one chunk's lines; they count once the record says so. `abstained` counts those without a reward."""
         data = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records).encode()
         with self.partial.open("ab") as file:
             file.write(data)
@@ -96,6 +99,8 @@ class Output:
         self.done.rows += len(records)
         self.done.bad += len(bad)
         self.done.bad_rows = [*self.done.bad_rows, *named][:NUM_NAMED]
+        for domain, count in (abstained or {}).items():
+            self.done.abstained[domain] = self.done.abstained.get(domain, 0) + count
         self.done.bytes += len(data)
         self.done.sha256 = self._hash.hexdigest()
         self._record()

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from moreward.calibration import brier_score, calibration_error
 from moreward.data.split import linked_groups
 from moreward.errors import DataError, NonFiniteError
 from moreward.types import Preference, RoutedReward, Text
@@ -238,7 +239,7 @@ def _measure(rows: _Rows) -> Measures:
         num_ties=int((rows.margin_B == 0).sum()),
         margin=float(rows.margin_B.mean()),
         margin_spread=float(rows.margin_B.std()),
-        brier=float((_sigmoid(-rows.margin_B) ** 2).mean()),
+        brier=brier_score(rows.margin_B),
         ece=calibration_error(rows.margin_B),
         longer_rule=float(rows.longer_B.mean()),
         oracle=_mean_or_none(rows.oracle_B),
@@ -285,23 +286,6 @@ def _flat(measures: Measures) -> dict[str, float]:
 def _mean_or_none(values: Floats) -> float | None:
     """None as soon as one is missing: a mean over fewer pairs or domains would not compare with the others."""
     return None if np.isnan(values).any() else float(values.mean())
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0.0, -x))
-
-
-def calibration_error(margin_B: Floats, *, num_bins: int = 10) -> float:
-    """Expected calibration error of sigmoid(|margin|), the confidence in the response with the higher reward.
-
-    Which response is called chosen is known to the data, not to the model; so each pair is judged from the side
-    the model prefers, where confidence lies in [.5, 1], cut into `num_bins` equal bins. A tie is right half the time.
-    """
-    confidence_B = _sigmoid(np.abs(margin_B))
-    is_right_B = (np.sign(margin_B) + 1) / 2
-    bin_B = np.minimum((confidence_B - 0.5) * 2 * num_bins, num_bins - 1).astype(np.int64)
-    gap = np.abs(np.bincount(bin_B, weights=confidence_B - is_right_B))
-    return float(gap.sum() / len(margin_B))
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------

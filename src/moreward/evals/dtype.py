@@ -43,7 +43,7 @@ def dtype_check(fp32: Scorer, bf16: Scorer, preferences: Sequence[Preference]) -
     kept, _ = within_limit(fp32, preferences)
     items = [side(p, which) for p in kept for which in ("chosen", "rejected")]
     before, after = fp32.score(items), bf16.score(items)
-    margins = [np.array([a.reward - b.reward for a, b in zip(r[::2], r[1::2], strict=True)]) for r in (before, after)]
+    margins = [np.array([a.number - b.number for a, b in zip(r[::2], r[1::2], strict=True)]) for r in (before, after)]
     moved = np.array([a.expert != b.expert for a, b in zip(before, after, strict=True)], dtype=bool)
     moved = moved[::2] | moved[1::2]
     domain_of = np.array([p.domain for p in kept])

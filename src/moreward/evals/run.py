@@ -6,20 +6,25 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from moreward.calibration import EVERYONE, before_and_after, tempered
 from moreward.data.batches import side
 from moreward.errors import DataError
 from moreward.evals.accuracy import Correct, Cost, Evaluation, correct_pairs, evaluate
 from moreward.evals.diversity import Diversity, diversity_report
 from moreward.evals.routing import RoutingReport, routing_report
 from moreward.scoring import Scorer
-from moreward.types import Preference
+from moreward.types import Preference, RoutedReward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One system's evaluation; `correct[i]` belongs to `preferences[i]`. `too_long` counts pairs left out.
-    `diversity` is None where there are no members, or experts were not asked."""
+    `diversity` is None where there are no members, or experts were not asked. `calibration` is ECE and Brier score
+    without and with the run's temperatures, None for a run that has none."""
 
     preferences: list[Preference]
     evaluation: Evaluation
@@ -27,6 +32,7 @@ class Result:
     correct: Correct
     too_long: Mapping[str, int]
     diversity: Diversity | None = None
+    calibration: Mapping[str, Any] | None = None
 
 
 def evaluate_run(
@@ -59,7 +65,22 @@ def evaluate_run(
         correct=correct_pairs(chosen, rejected),
         too_long=too_long,
         diversity=diversity_report(kept, told[::2], told[1::2]),
+        calibration=_calibration(scorer, kept, chosen, rejected),
     )
+
+
+def _calibration(
+    scorer: Scorer, preferences: Sequence[Preference], chosen: Sequence[RoutedReward], rejected: Sequence[RoutedReward]
+) -> dict[str, Any] | None:
+    """By domain and for `all`: ECE and Brier score of σ(margin), before, and of σ(margin / temperature), after."""
+    found = scorer.find_calibration()
+    if found is None:
+        return None
+    pairs = list(zip(chosen, rejected, strict=True))
+    margin_B = np.array([c.reward - r.reward for c, r in pairs], dtype=np.float64)
+    expert_B = [c.expert if c.expert == r.expert else EVERYONE for c, r in pairs]
+    tempered_B = tempered(margin_B, expert_B, found.temperatures)
+    return before_and_after(margin_B, tempered_B, [p.domain for p in preferences])
 
 
 def within_limit(scorer: Scorer, preferences: Sequence[Preference]) -> tuple[list[Preference], dict[str, int]]:

@@ -200,7 +200,7 @@ class Family:
     def _accuracy(self, weights: Sequence[float], held_out: Sequence[Preference]) -> float:
         scorer = Scorer(self.at(weights)[0], self.encoder, self.parents[0].card)
         items = [side(p, which) for p in held_out for which in ("chosen", "rejected")]
-        rewards = [r.reward for r in scorer.score(items)]
+        rewards = [r.number for r in scorer.score(items)]
         return sum(c > j for c, j in zip(rewards[::2], rewards[1::2], strict=True)) / len(held_out)
 
 

@@ -23,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from moreward.calibration import Calibration, how_to_get_it
 from moreward.checkpoint import CheckpointStore, space_errors
 from moreward.config import RunConfig, deviations, resolve
 from moreward.data.batches import (
@@ -49,6 +50,7 @@ from moreward.registry import find_recipe, near
 from moreward.runs import write_model
 from moreward.scoring import Scorer
 from moreward.systems._base import Stage, System
+from moreward.train.calibrate import calibrate
 from moreward.train.loop import Fit, Surroundings, make_accelerator
 from moreward.train.track import MetricsFile, Reporter, Silent
 from moreward.types import Conversation, Preference
@@ -395,11 +397,23 @@ class Work:
         if not self.accelerator.is_main_process:
             return
         card = {**self.card(reports), **more}
+        store = self.system.backbones()[0].store
         scorer = Scorer(self.system, self.encoder, card, device=str(self.accelerator.device))
         card["golden"] = scorer.golden(golden_items(self.pairs.val or self.pairs.train))
-        write_model(self.run, self.system.cpu(), self.encoder, card)
+        calibration = self._calibrate(scorer, store)
+        card["calibration"] = calibration and calibration.report
+        write_model(self.run, self.system.cpu(), self.encoder, card, calibration)
         if not self.config.train.keep_checkpoints:
             shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+
+    def _calibrate(self, scorer: Scorer, store: FeatureStore | None) -> Calibration | None:
+        """What uncertainty needs; a frozen backbone's vectors are looked up in `store`."""
+        if store is not None:
+            scorer.keep_features(store)
+        found = calibrate(scorer, known=self.train.pairs, usual=self.val.pairs, judged=self.val.pairs)
+        if found is None:
+            self.reporter.say(f"no calibration: no held-out pair to fit it on. {how_to_get_it()}")
+        return found
 
     def card(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything about the run that is worth knowing later, as JSON."""
