@@ -7,6 +7,7 @@ allowed and what to do.
     ├── BackboneError            a pretrained model directory
     ├── RunError                 a run folder: missing, damaged, of another configuration
     ├── NonFiniteError           training met NaN or Inf and stopped before the step
+    ├── JudgeError               the judge of labels cannot be asked; what it said is kept
     ├── SpaceError               the disk is full (exit code 4)
     └── MissingExtraError        an optional dependency is not installed
 """
@@ -39,6 +40,10 @@ class RunError(MorewardError):
 
 
 class NonFiniteError(MorewardError):
+    pass
+
+
+class JudgeError(MorewardError):
     pass
 
 
