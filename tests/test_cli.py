@@ -28,6 +28,18 @@ from trained import card, digests, given, trained, write_pairs
 
 SOURCE = Path(moreward.__file__).resolve().parents[1]
 COMMANDS = [["demo"], ["train"], ["eval"], ["compare"], ["score"], ["extend"], ["list"], ["data"], ["data", "check"]]
+COMMANDS += [["data", "label"]]
+    ["demo"],
+    ["train"],
+    ["eval"],
+    ["compare"],
+    ["score"],
+    ["extend"],
+    ["list"],
+    ["data"],
+    ["data", "check"],
+    ["data", "label"],
+]
 Tiny = Callable[[str], Path]
 Make = Callable[..., Path]
 

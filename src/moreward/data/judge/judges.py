@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
@@ -78,19 +78,21 @@ class ByQuestions:
     reads_order: bool = True
 
     def estimate(self, pairs: Sequence[Pair], points: Points, cache: Cache) -> Estimate:
-        calls = cached = size = 0
+        calls = size = 0
+        missing: set[str] = set()
         for question in self._questions(pairs, points):
             calls += 1
-            if self._key(question) in cache:
-                cached += 1
-            else:
+            key = self._key(question)
+            if key not in cache and key not in missing:
+                missing.add(key)
                 size += len(question.encode())
-        return Estimate(calls, cached, size // BYTES_PER_TOKEN, (calls - cached) * self.tokens_per_answer)
+        return Estimate(calls, calls - len(missing), size // BYTES_PER_TOKEN, len(missing) * self.tokens_per_answer)
 
     def fill(self, pairs: Sequence[Pair], points: Points, cache: Cache, progress: Progress) -> int:
-        missing = {key: q for q in self._questions(pairs, points) if (key := self._key(q)) not in cache}
+        # keys only: the questions of a large job do not fit into memory
+        missing = {key for q in self._questions(pairs, points) if (key := self._key(q)) not in cache}
         desk = _Desk(self.ask, cache, allowed=max(1, math.ceil(self.max_failed_share * len(missing))))
-        questions, done = iter(missing.items()), 0
+        questions, done = self._once(self._questions(pairs, points), missing), 0
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 under_way = {pool.submit(desk.settle, *q) for q in islice(questions, 2 * self.concurrency)}
@@ -124,6 +126,15 @@ class ByQuestions:
             for point, meaning in points[pair.domain].items():
                 for swapped in (False, True):
                     yield self.templates.question(pair, point, meaning, swapped=swapped)
+
+    def _once(self, questions: Iterator[str], wanted: Set[str]) -> Iterator[tuple[str, str]]:
+        """Key and text of the questions wanted, each the first time that it comes."""
+        seen: set[str] = set()
+        for question in questions:
+            key = self._key(question)
+            if key in wanted and key not in seen:
+                seen.add(key)
+                yield key, question
 
     def _key(self, question: str) -> str:
         """The question holds template, point, texts and their order."""
