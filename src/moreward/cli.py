@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moreward.cli_label import EPILOG, label
 from moreward.errors import MorewardError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at preference data.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at preference data; make labels of capabilities.", no_args_is_help=True)
+data_app.command("label", epilog=EPILOG)(label)
 app.add_typer(data_app, name="data")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]

@@ -8,6 +8,7 @@ allowed and what to do.
     ├── RunError                 a run folder: missing, damaged, of another configuration
     ├── NonFiniteError           training met NaN or Inf and stopped before the step
     ├── AbstainedError           no reward was given where one is needed; only where abstaining was asked for
+    ├── JudgeError               the judge of labels cannot be asked; what it said is kept
     ├── SpaceError               the disk is full (exit code 4)
     └── MissingExtraError        an optional dependency is not installed
 """
@@ -44,6 +45,10 @@ class NonFiniteError(MorewardError):
 
 
 class AbstainedError(MorewardError):
+    pass
+
+
+class JudgeError(MorewardError):
     pass
 
 

@@ -339,7 +339,8 @@ def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:
 def _key(preference: Preference) -> str:
     ids = preference.token_ids and asdict(preference.token_ids)
     beside = json.dumps([preference.tools, preference.chat_template_kwargs, ids], default=dict, sort_keys=True)
-    return text_key(preference.prompt, preference.chosen, preference.rejected, beside)
+    judged = [preference.capability] if preference.capability else []  # of the same texts, another judgement
+    return text_key(preference.prompt, preference.chosen, preference.rejected, beside, *judged)
 
 
 def domain_of_file(file: str) -> str:
