@@ -678,16 +678,6 @@ def _converted(item: Item) -> Conversation:
 
 
 def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:
-    return Reward(
-        reward=reward.reward,
-        expert=reward.expert,
-        weights=reward.weights,
-        expert_rewards=reward.expert_rewards,
-        parts=reward.parts,
-        num_tokens=len(encoded.ids),
-        truncated=encoded.truncated,
-        id=name,
-    )
     return replace(reward, num_tokens=len(encoded.ids), truncated=encoded.truncated, id=name)
 
 
