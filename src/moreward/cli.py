@@ -343,7 +343,7 @@ def _load_pairs(
     data: list[str], run: Path, *, domain_key: str | None = None, shape: str | None = None
 ) -> list[Preference]:
     """Pairs read as the run's own training data was, unless an option says otherwise."""
-    from moreward.data.load import load_preferences
+    from moreward.data.load import load_preferences, without_capabilities
     from moreward.runs import model_folder, read_card
 
     told = read_card(model_folder(run))["config"]["data"]
@@ -358,9 +358,12 @@ def _load_pairs(
         max_bad_share=told["max_bad_share"],
         use_margin=False,
     )
+    kept, of_capabilities = without_capabilities(loaded.preferences)
     if loaded.quarantine:
         typer.echo(f"{len(loaded.quarantine)} rows not used; see: moreward data check", err=True)
-    return loaded.preferences
+    if of_capabilities:
+        typer.echo(f"{len(of_capabilities)} rows not used: they judge one capability, not the whole", err=True)
+    return kept
 
 
 def _evaluate(

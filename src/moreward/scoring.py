@@ -21,7 +21,7 @@ from moreward.nn.experts import Standardize
 from moreward.nn.features import FeatureStore
 from moreward.runs import identity, model_folder, read_model
 from moreward.systems._base import RoutedSystem, System
-from moreward.types import Batch, Conversation, Reward, RoutedReward, Routing, Text, concatenated
+from moreward.types import Batch, Conversation, Explanation, Reward, RoutedReward, Routing, Text, concatenated
 
 TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
 """What a processor's caches like best; on CPU more was slower (8,192: by 15 %)."""
@@ -292,8 +292,11 @@ class Scorer:
             output = self.system(batch)
         _refuse_non_finite(output.reward_N)
         values = output.reward_N.tolist()
+        told = (self.system.explain(batch, output) if explain else []) or [Explanation()] * len(values)
         if not self.experts or output.routing is None:
-            return [Reward(reward=v) for v in values]
+            return [
+                Reward(reward=v, parts=t.parts, part_rewards=t.part_rewards) for v, t in zip(values, told, strict=True)
+            ]
         experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
         everyone: list[list[float]] = [[] for _ in values]
         if explain and isinstance(self.system, RoutedSystem):
@@ -307,8 +310,10 @@ class Scorer:
                 expert=self.experts[experts[0]],
                 weights={self.experts[e]: w for e, w in zip(experts, weights, strict=True)},
                 expert_rewards=dict(zip(self.experts, every, strict=False)),
+                parts=t.parts,
+                part_rewards=t.part_rewards,
             )
-            for value, experts, weights, every in zip(values, experts_NK, weights_NK, everyone, strict=True)
+            for value, experts, weights, every, t in zip(values, experts_NK, weights_NK, everyone, told, strict=True)
         ]
 
     def _all_experts(self, batch: Batch) -> Tensor:
@@ -449,15 +454,7 @@ def _converted(item: Item) -> Conversation:
 
 
 def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:
-    return Reward(
-        reward=reward.reward,
-        expert=reward.expert,
-        weights=reward.weights,
-        expert_rewards=reward.expert_rewards,
-        num_tokens=len(encoded.ids),
-        truncated=encoded.truncated,
-        id=name,
-    )
+    return replace(reward, num_tokens=len(encoded.ids), truncated=encoded.truncated, id=name)
 
 
 def _refuse_non_finite(reward: Tensor) -> None:

@@ -98,7 +98,8 @@ class Batch:
 
     A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
     conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
-    `weight_B` is None where every pair weighs 1.
+    `weight_B` is None where every pair weighs 1. `expert_N` is the expert that each conversation trains, in a stage
+    that holds several.
     """
 
     ids_NT: Tensor
@@ -112,6 +113,7 @@ class Batch:
     is_pairs: bool = False
     names: tuple[str, ...] = ()
     truncated_N: Tensor | None = None
+    expert_N: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.ids_NT.shape[0])
@@ -140,6 +142,7 @@ class Batch:
             is_pairs=False,
             names=(),
             truncated_N=None,
+            expert_N=None,
         )
 
 
@@ -194,17 +197,29 @@ class Rewards:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What one reward is made of: `parts` sum to it; `part_rewards` is what each part says by itself."""
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+    part_rewards: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """The reward of one conversation, as users see it. Higher is better.
 
     `expert` is the one that spoke loudest and `weights` the gate's weight of each expert used; both are empty
-    for a system without named experts. `expert_rewards` (every expert, standardised) only when explained.
+    for a system without named experts. Only when explained: `expert_rewards` (every expert, standardised), and for
+    recipes whose rewards have parts (capabilities, objectives) `parts`, which sum to the reward, and `part_rewards`,
+    what each part says by itself.
     """
 
     reward: float
     expert: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     expert_rewards: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    part_rewards: Mapping[str, float] = field(default_factory=dict)
     num_tokens: int = 0
     truncated: bool = False
     id: str = ""

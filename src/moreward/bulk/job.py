@@ -73,8 +73,8 @@ def score_file(
     A row is `{"prompt", "response"}` (text or list of turns each) or `{"messages"}` whose last turn is the
     response, with `id`, `domain`, `tools` and `chat_template_kwargs` where it has them. Its line of output is
     `{"id", "row", "reward", "expert", "weights", "num_tokens", "truncated"}`, with `explain` also
-    `expert_rewards`; or `{"id", "row", "error": {"code", "message"}}`. `row` is the line number in `source`,
-    and the id of rows without one.
+    `expert_rewards` and, where rewards have them, `parts` and `part_rewards`; or
+    `{"id", "row", "error": {"code", "message"}}`. `row` is the line number in `source`, and the id of rows without one.
 
     The source is read to count and check its rows before the model works, and again to score them. Progress is
     kept in `<target>.partial` and `<target>.progress.json` until the end; `progress` is told rows done and rows
@@ -182,6 +182,8 @@ def _record(row: Row, outcome: Reward | BadRow, explain: bool) -> dict[str, Any]
     }
     if explain:
         body["expert_rewards"] = dict(outcome.expert_rewards)
+        if outcome.parts:
+            body |= {"parts": dict(outcome.parts), "part_rewards": dict(outcome.part_rewards)}
     try:
         json.dumps(body, allow_nan=False)
     except ValueError:

@@ -32,7 +32,7 @@ from types import MappingProxyType
 
 from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import Converted, convert_row, find_shape
-from moreward.data.reasons import NOT_BAD
+from moreward.data.reasons import CAPABILITY, NOT_BAD
 from moreward.data.rows import BadRow, Item, RawRow
 from moreward.data.shapes import SHAPES, Shape
 from moreward.data.sources import READERS, files_of, find_sources, read_rows, retagged
@@ -84,6 +84,20 @@ class Loaded:
     contradictions: list[tuple[Preference, Preference]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     skipped_files: list[str] = field(default_factory=list)
+
+
+def without_capabilities(preferences: Sequence[Preference]) -> tuple[list[Preference], list[Quarantined]]:
+    """The pairs that judge a response as a whole, and the rows of the others, put aside."""
+    kept = [p for p in preferences if not p.capability]
+    rows: dict[str, Preference] = {_place(p): p for p in preferences if p.capability}
+    return kept, [_put_aside(row) for row in rows.values()]
+
+
+def _put_aside(preference: Preference) -> Quarantined:
+    file, _, line = preference.source.rpartition(":")
+    number = int(line) if line.isdigit() else 0
+    detail = f"{preference.name} judges {preference.capability!r} only"
+    return Quarantined(file or preference.source, number, preference.domain, CAPABILITY, "capability", detail)
 
 
 def write_quarantine(rows: Iterable[Quarantined], path: str | Path) -> None:
@@ -316,7 +330,8 @@ def _problems(loaded: Loaded, intake: _Intake, max_bad_share: float) -> Iterator
         yield from _bad_share(loaded, max_bad_share)
     if lost := intake.lost_domains():
         yield DataError(f"No row is left of domain {', '.join(lost)}.{_examples(loaded.quarantine, lost)}")
-    yield from _margins(loaded.preferences)
+    for is_part in (False, True):  # labels of a capability come from elsewhere than those of the whole
+        yield from _margins([p for p in loaded.preferences if bool(p.capability) == is_part])
 
 
 def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:
@@ -339,7 +354,8 @@ def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:
 def _key(preference: Preference) -> str:
     ids = preference.token_ids and asdict(preference.token_ids)
     beside = json.dumps([preference.tools, preference.chat_template_kwargs, ids], default=dict, sort_keys=True)
-    return text_key(preference.prompt, preference.chosen, preference.rejected, beside)
+    judged = [preference.capability] if preference.capability else []  # of the same texts, another judgement
+    return text_key(preference.prompt, preference.chosen, preference.rejected, beside, *judged)
 
 
 def domain_of_file(file: str) -> str:

@@ -50,7 +50,10 @@ MESSAGE_FATES: tuple[str, ...] = (
 )
 """Why a message of an OpenAssistant tree stands in no pair."""
 
-NOT_BAD: frozenset[str] = frozenset({"duplicate", "identical", "tie", *MESSAGE_FATES})
+CAPABILITY = "capability"
+"""The row judges one capability, and whoever reads it has no use for that."""
+
+NOT_BAD: frozenset[str] = frozenset({"duplicate", "identical", "tie", CAPABILITY, *MESSAGE_FATES})
 """Reasons that say nothing against the file: such rows do not count towards `max_bad_share`."""
 
 REMARKS: tuple[str, ...] = (

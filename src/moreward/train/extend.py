@@ -19,7 +19,7 @@ from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
 from moreward.scoring import Scorer, load
 from moreward.systems._base import RoutedSystem, expert_names
-from moreward.train.runner import Pairs, Work, make_encoder, open_run, read_pairs
+from moreward.train.runner import Pairs, Work, left_to, make_encoder, open_run, read_pairs, settled
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference
 
@@ -82,7 +82,7 @@ def extend(
     with open_run(config):
         work = _work(before, config, [*card["domains"], domain], pairs, reporter or Silent())
         assert isinstance(work.system, RoutedSystem)
-        stages = [work.system.expert_stage(domain, work.pairwise), work.system.router_stage()]
+        stages = [*work.system.expert_stages(domain, work.pairwise), work.system.router_stage()]
         reports = work.fit(stages)
         work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
@@ -134,21 +134,24 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     )
     if others := sorted({p.domain for p in loaded.preferences} - {domain}):
         raise ConfigError(f"--data holds rows of domain {', '.join(others)}; give the pairs of {domain!r} alone")
+    mine = left_to(old.recipe, Pairs(loaded.preferences, [], pairs.report, loaded.quarantine))
     share = old.data.val_fraction
-    sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=old.seed)
+    sides = split_by_group(mine.train, {"train": 1 - share, "val": share}, seed=old.seed)
     assert_no_leak(pairs.train, sides["val"])
     assert_no_leak(sides["train"], pairs.val)
-    quarantine = [*pairs.quarantine, *loaded.quarantine]
-    missing = not_held_out(loaded.preferences, sides["val"])
-    report = {**pairs.report, "not_held_out": [*pairs.report.get("not_held_out", []), *missing]}
+    quarantine = [*pairs.quarantine, *mine.quarantine]
+    missing = not_held_out(mine.train, sides["val"])
+    report = {**mine.report, "not_held_out": [*pairs.report.get("not_held_out", []), *missing]}
     return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], report, quarantine)
 
 
 def _work(before: Scorer, config: RunConfig, domains: Sequence[str], pairs: Pairs, reporter: Reporter) -> Work:
     backbone = Backbone.load(config.backbone, pooling=before.card["backbone"]["pooling"])
     encoder = make_encoder(config, backbone)
+    config = settled(config, pairs.train)
+    recipe = find_recipe(config.recipe)
     torch.manual_seed(config.seed)
-    system = find_recipe(config.recipe)(before.system.config, backbone, domains)
+    system = recipe(recipe.Config.model_validate(config.system), backbone, domains)
     grow_into(system.saved_tensors(), before.system.saved_tensors())
     return Work(config, Path(config.out), system, encoder, pairs, domains, reporter)
 

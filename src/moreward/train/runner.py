@@ -27,7 +27,15 @@ from moreward.checkpoint import CheckpointStore, space_errors
 from moreward.config import RunConfig, deviations, resolve
 from moreward.data.batches import EncodedPair, EncodedSet, Encoder, encode_pairs, side, tokenizer_sha256
 from moreward.data.books import account
-from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
+from moreward.data.load import (
+    Loaded,
+    Quarantined,
+    assert_no_leak,
+    check_domains,
+    load_preferences,
+    without_capabilities,
+    write_quarantine,
+)
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
@@ -46,6 +54,7 @@ from moreward.types import Conversation, Preference
 log = logging.getLogger(__name__)
 
 NUM_GOLDEN = 16
+LEFT_OUT = "capability_pairs_left_out"
 NOT_OF_THE_RESULT = (
     "out",
     "train.device",
@@ -81,6 +90,19 @@ def _learned(preference: Preference) -> list[Any]:
     return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *rare]
 
 
+def left_to(recipe: str, pairs: Pairs) -> Pairs:
+    """The pairs that are for this recipe: those that judge one capability are put aside, and counted, where it has no
+    use for them."""
+    if find_recipe(recipe).uses_capabilities:
+        return pairs
+    (train, aside_train), (val, aside_val) = without_capabilities(pairs.train), without_capabilities(pairs.val)
+    num_out = len(pairs.train) + len(pairs.val) - len(train) - len(val)
+    if not num_out:
+        return pairs
+    report = {**pairs.report, LEFT_OUT: pairs.report.get(LEFT_OUT, 0) + num_out}
+    return Pairs(train, val, report, [*pairs.quarantine, *aside_train, *aside_val])
+
+
 def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
     """Train a run; returns its folder. Given the folder of a run that was cut short, goes on with it.
 
@@ -100,7 +122,7 @@ def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = N
 def train_on(config: RunConfig, pairs: Pairs, *, reporter: Reporter | None = None) -> Path:
     """As `train`, on pairs already in memory."""
     with open_run(config) as run:
-        return _train_in(run, config, pairs, reporter or Silent())
+        return _train_in(run, config, left_to(config.recipe, pairs), reporter or Silent())
 
 
 def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) -> Path:
@@ -109,6 +131,7 @@ def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) ->
     backbone = Backbone.load(config.backbone, pooling=config.pooling)
     encoder = make_encoder(config, backbone)
     recipe = find_recipe(config.recipe)
+    config = settled(config, pairs.train)
     torch.manual_seed(config.seed)
     system = recipe(recipe.Config.model_validate(config.system), backbone, domains)
     work = Work(config, run, system, encoder, pairs, domains, reporter)
@@ -116,6 +139,13 @@ def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) ->
     reports = work.fit(stages)
     work.write(reports)
     return run
+
+
+def settled(config: RunConfig, preferences: Sequence[Preference]) -> RunConfig:
+    """The configuration with what the recipe takes from the training pairs."""
+    recipe = find_recipe(config.recipe)
+    system = recipe.settle(recipe.Config.model_validate(config.system), preferences)
+    return config.model_copy(update={"system": system.model_dump(mode="json")})
 
 
 def read_pairs(config: RunConfig) -> Pairs:
@@ -134,18 +164,18 @@ def read_pairs(config: RunConfig) -> Pairs:
     }
     loaded = load_preferences(list(told.train), **options)
     report: dict[str, Any] = {"train": _told(loaded)}
+    mine = left_to(config.recipe, Pairs(loaded.preferences, [], report, loaded.quarantine))
+    report = mine.report
     if told.val:
         held_out = load_preferences(list(told.val), **options)
-        assert_no_leak(loaded.preferences, held_out.preferences)
+        assert_no_leak(mine.train, held_out.preferences)
         report["val"] = _told(held_out)
-        sides = {"train": loaded.preferences, "val": held_out.preferences}
-        quarantine = [*loaded.quarantine, *held_out.quarantine]
-    else:
-        share = told.val_fraction
-        sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
-        quarantine = loaded.quarantine
-        report["not_held_out"] = not_held_out(loaded.preferences, sides["val"])
-    return Pairs(sides["train"], sides["val"], report, quarantine)
+        quarantine = [*mine.quarantine, *held_out.quarantine]
+        return left_to(config.recipe, Pairs(mine.train, held_out.preferences, report, quarantine))
+    share = told.val_fraction
+    sides = split_by_group(mine.train, {"train": 1 - share, "val": share}, seed=config.seed)
+    report["not_held_out"] = not_held_out(mine.train, sides["val"])
+    return Pairs(sides["train"], sides["val"], report, mine.quarantine)
 
 
 def _told(loaded: Loaded) -> dict[str, Any]:
@@ -255,6 +285,11 @@ class Work:
             reporter.say(sentence)
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
+        if left_out := pairs.report.get(LEFT_OUT):
+            reporter.say(f"{left_out} pairs left out: they judge one capability, which {config.recipe} does not use")
+        self.remarks = system.meet([pair.preference for pair in self.train.pairs])
+        for sentence in self.remarks:
+            reporter.say(sentence)
         self.books = account(pairs.quarantine, [self.train, self.val])
         if self.accelerator.is_main_process:
             quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
@@ -371,6 +406,7 @@ class Work:
                 "train_pairs": _by_domain(self.train.pairs),
                 "val_pairs": _by_domain(self.val.pairs),
                 **self.books.to_json(),
+                "remarks": self.remarks,
                 "truncated": {"train": self.train.num_truncated, "val": self.val.num_truncated},
                 "standardised_on": "training pairs of each expert's stage, evenly spaced, both responses",
             },

@@ -46,9 +46,7 @@ def _read(source: str | Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         known = ", ".join(shipped_points())
-        raise ConfigError(
-            f"points: {source} is no shipped set ({known}) and cannot be read as YAML: {error}"
-        ) from error
+        raise ConfigError(f"points: {source} is no shipped set ({known}) and no readable YAML: {error}") from error
 
 
 def _points_of(where: str, given: Any, faults: list[str]) -> dict[str, str]:
