@@ -70,8 +70,9 @@ class Fusion(nn.Module):
         """
         num_blocks, size = self.mean_KD.shape
         weight_WKD = self.first.weight.double().view(-1, num_blocks, size)
-        step_NKW = torch.einsum("nkd,wkd->nkw", blocks_NKD.double() - self.mean_KD, weight_WKD)
-        a_W = self.mean_KD.flatten() @ self.first.weight.double().T + self.first.bias.double()
+        mean_KD = self.mean_KD.double()
+        step_NKW = torch.einsum("nkd,wkd->nkw", blocks_NKD.double() - mean_KD, weight_WKD)
+        a_W = mean_KD.flatten() @ self.first.weight.double().T + self.first.bias.double()
         b_NW = a_W + step_NKW.sum(1)
         return torch.einsum("nkw,nw->nk", step_NKW, self._mean_slope(a_W, b_NW) * self.last.weight.double())
 

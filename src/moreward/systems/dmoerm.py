@@ -126,7 +126,7 @@ class Recipe(RoutedSystem):
             "system.rank": 32,
             "system.alpha": 32.0,
             "system.dropout": 0.05,
-            "system.targets": ("q_proj", "v_proj"),
+            "system.targets": ["q_proj", "v_proj"],
             "system.fuse": "states",
             "system.head": "linear",
             "system.task_share": 0.6,
