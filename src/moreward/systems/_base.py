@@ -189,9 +189,9 @@ class System(nn.Module):
         return self.num_parameters()
 
 
-class RoutedSystem(System):
-    """What RODOS and ARLISS share: a router that reads the prompt, one expert per domain, a stage for each. Only here
-    oracle and random routers, and `extend`, have a meaning.
+class GatedSystem(System):
+    """An expert per domain behind a router that reads the prompt. Only here oracle and random routers, and `extend`,
+    have a meaning.
 
     Subclasses set `self.routed` and say, by expert name, what each stage may move and what standardises it.
     """
@@ -226,9 +226,9 @@ class RoutedSystem(System):
     def standardizer(self, name: str) -> Standardize:
         raise NotImplementedError
 
-    def stages(self, pairwise: Objective) -> list[Stage]:
-        experts = [self.expert_stage(domain, pairwise) for domain in self.domains]
-        return [*experts, self.router_stage()]
+    def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
+        """What a domain that comes later takes: its expert, and the router again. No old expert may move."""
+        return [self.expert_stage(domain, pairwise), self.router_stage()]
 
     def expert_stage(self, domain: str, pairwise: Objective) -> Stage:
         index = self.domains.index(domain)
@@ -246,6 +246,14 @@ class RoutedSystem(System):
         return Stage(
             name="router", module=self.routed.router, learn=tuple(self.router_parameters()), objective=DomainLoss()
         )
+
+
+class RoutedSystem(GatedSystem):
+    """What RODOS and ARLISS share: experts that have nothing in common but a frozen backbone, a stage for each."""
+
+    def stages(self, pairwise: Objective) -> list[Stage]:
+        experts = [self.expert_stage(domain, pairwise) for domain in self.domains]
+        return [*experts, self.router_stage()]
 
 
 def expert_names(domains: Sequence[str]) -> tuple[str, ...]:

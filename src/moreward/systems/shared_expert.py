@@ -1,0 +1,212 @@
+"""Shared expert: one expert for every conversation, and a small own one per domain that is added to it.
+
+N conversations, B pairs (N = 2B, chosen first), E domains, K own experts used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from moreward.nn.backbone import Backbone
+from moreward.nn.experts import AdapterExperts, OneExpert, OwnExperts, RewardHead, Standardize
+from moreward.nn.losses import Objective
+from moreward.nn.mixture import Routed
+from moreward.nn.routers import PromptRouter, TopKRouter
+from moreward.systems._base import ROUTER, GatedSystem, LoRAConfig, Presets, Stage, learnable, prepare_backbone
+from moreward.types import Batch, Rewards, Routing
+
+SHARED = "@shared"
+"""The shared expert's adapter. The sign keeps it apart from any domain's name."""
+SHARES = torch.linspace(0, 1, 21)
+SWEEPS = 4
+
+
+class SharedExpertConfig(LoRAConfig):
+    top_k: int | None = Field(None, ge=1, description="own experts added per prompt; unset: all, each by its weight")
+    own_head: Literal["linear", "mlp"] = Field("linear", description="of the own experts; the shared one has `head`")
+    shrink: bool = Field(True, description="let held-out pairs say how much of each own expert is added")
+
+
+class SharedAndOwn(nn.Module):
+    """Expert e is the shared expert plus `share_E[e]` of own expert e: both in one pass, each row twice. The rewards
+    are raw."""
+
+    def __init__(self, parts: AdapterExperts, num_own: int) -> None:
+        """`parts` are the own experts and then the shared one."""
+        super().__init__()
+        self.parts = parts
+        self.num_own = num_own
+        self.share_E = nn.Parameter(torch.ones(num_own))
+
+    def forward(self, batch: Batch, expert_N: Tensor) -> Tensor:
+        """Row n under expert `expert_N[n]`; -1 is the shared expert alone."""
+        num_rows = len(expert_N)
+        twice_M = torch.arange(num_rows, device=expert_N.device).repeat(2)
+        part_M = torch.cat([torch.full_like(expert_N, self.num_own), expert_N])
+        shared_N, own_N = self.parts(batch.rows(twice_M), part_M).split(num_rows)
+        share_N = self.share_E[expert_N.clamp(min=0)] * (expert_N >= 0)
+        return shared_N + share_N * own_N  # type: ignore[no-any-return]
+
+
+class Recipe(GatedSystem):
+    """reward = r_shared + Σ_d g_d(x) · s_d · r_own_d: the gate g reads the prompt x, the shares s_d lie in [0, 1].
+
+    A shared expert beside routed ones is DeepSeekMoE's (arXiv 2401.06066, section 3.1.2), there feed-forward networks
+    in a layer; dense soft gates over LoRA experts are LoRAMoE's (arXiv 2312.09979). Here the experts are reward models
+    and an own expert learns what the shared one gets wrong. Stages: the shared expert on all pairs; all own experts
+    in one pass over mixed batches, each on its domain's; the router; the shares, on held-out pairs.
+    """
+
+    Config = SharedExpertConfig
+    presets: ClassVar[Presets] = {"paper": {}, "practical": {}}
+    tunes = ("lora", "frozen")
+    config: SharedExpertConfig
+    routed: Routed[SharedAndOwn]
+
+    def __init__(self, config: SharedExpertConfig, backbone: Backbone, domains: Sequence[str]) -> None:
+        super().__init__(config, backbone, domains)
+        # Adapter e and part e are the same number: the own experts, the shared one; the router has no part.
+        prepare_backbone(backbone, config, adapters=[*self.expert_names, SHARED, ROUTER])
+        size, num_own = backbone.hidden_size, len(domains)
+        own = {name: RewardHead(size, config.own_head) for name in self.expert_names}
+        for head in own.values():
+            nn.init.zeros_(head.last.weight)  # adding an expert that has learned nothing changes no reward
+        parts = AdapterExperts(backbone, {**own, SHARED: RewardHead(size, config.head_kind)})
+        gate = TopKRouter(size, num_own, config.top_k or num_own)
+        router = PromptRouter(backbone, gate, num_own + 1 if backbone.bank is not None else None)
+        self.routed = Routed(router, SharedAndOwn(parts, num_own))
+        self.standardize = Standardize()
+
+    def forward(self, batch: Batch, routing: Routing | None = None) -> Rewards:
+        """The weights sum to 1, so the sum and each expert have the same zero and unit."""
+        output = self.routed(batch, routing)
+        assert output.expert_reward_NK is not None
+        return replace(
+            output,
+            reward_N=self.standardize(output.reward_N),
+            expert_reward_NK=self.standardize(output.expert_reward_NK),
+        )
+
+    def judge(self, batch: Batch, experts_NK: Tensor) -> Tensor:
+        return self.standardize(self.routed.judge(batch, experts_NK))  # type: ignore[no-any-return]
+
+    def standardizer(self, name: str) -> Standardize:
+        """One for all: what own experts learn is in the unit of the shared one."""
+        return self.standardize
+
+    def expert_parameters(self, name: str) -> list[nn.Parameter]:
+        parts = self.routed.experts.parts
+        return [*learnable(parts.backbone, self.config, name), *parts.head(name).parameters()]
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        router = self.routed.router
+        return [*learnable(router.backbone, self.config, ROUTER), *router.router.parameters()]
+
+    def stages(self, pairwise: Objective) -> list[Stage]:
+        return [
+            self._shared_stage(pairwise),
+            self._own_stage(pairwise),
+            self.router_stage(),
+            replace(self._shares_stage(self.domains, pairwise), standardize=self.standardize),
+        ]
+
+    def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
+        return [*super().new_domain_stages(domain, pairwise), self._shares_stage([domain], pairwise)]
+
+    def expert_stage(self, domain: str, pairwise: Objective) -> Stage:
+        """One own expert on what the shared one leaves over. The zero and unit of the whole stay as they are."""
+        return replace(super().expert_stage(domain, pairwise), standardize=None)
+
+    def _shared_stage(self, pairwise: Objective) -> Stage:
+        parts = self.routed.experts.parts
+        return Stage(
+            name="shared",
+            module=OneExpert(parts, len(self.domains)),
+            learn=tuple(self.expert_parameters(SHARED)),
+            objective=pairwise,
+        )
+
+    def _own_stage(self, pairwise: Objective) -> Stage:
+        experts = tuple(tuple(self.expert_parameters(name)) for name in self.expert_names)
+        return Stage(
+            name="own",
+            module=OwnExperts(self.routed.experts),
+            learn=tuple(parameter for expert in experts for parameter in expert),
+            objective=pairwise,
+            experts=experts,
+        )
+
+    def _shares_stage(self, domains: Sequence[str], pairwise: Objective) -> Stage:
+        def solve(_: Iterable[Batch], held_out: Iterable[Batch]) -> Mapping[str, Any]:
+            if self.config.shrink:
+                choose_shares(self, [self.domains.index(domain) for domain in domains], held_out)
+            shares = self.routed.experts.share_E.tolist()
+            return {"shares": dict(zip(self.domains, shares, strict=True))}
+
+        return Stage(
+            name="shares", module=self, learn=(self.routed.experts.share_E,), objective=pairwise, solve=solve
+        )
+
+    def num_active_parameters(self) -> int:
+        top_k = self.config.top_k or len(self.domains)
+        idle = [p for name in self.expert_names[top_k:] for p in self.expert_parameters(name)]
+        return self.num_parameters() - sum(p.numel() for p in idle)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each expert adds to the reward difference of held-out pairs, the own ones already times their gate."""
+
+    shared_B: Tensor
+    own_BE: Tensor
+    domain_B: Tensor
+
+    def loss(self, share_E: Tensor) -> float:
+        """Mean over the domains of each one's mean -log σ(Δ)."""
+        loss_B = -F.logsigmoid(self.shared_B + self.own_BE @ share_E)
+        return float(torch.stack([loss_B[self.domain_B == d].mean() for d in self.domain_B.unique()]).mean())
+
+
+@torch.no_grad()
+def choose_shares(system: Recipe, chosen: Sequence[int], held_out: Iterable[Batch]) -> None:
+    """Set the shares of the experts `chosen`, one after the other in a few sweeps, to what loses least on held-out
+    pairs as the router mixes them. An expert without a held-out pair of its domain keeps the share it has."""
+    measured = [parts_of(system, batch) for batch in held_out]
+    if not measured:
+        return
+    parts = Parts(*(torch.cat([getattr(m, name) for m in measured]) for name in ("shared_B", "own_BE", "domain_B")))
+    seen = [e for e in chosen if bool((parts.domain_B == e).any())]
+    share_E = system.routed.experts.share_E
+    for _ in range(SWEEPS):
+        for e in seen:
+            share_E[e] = min(SHARES.tolist(), key=lambda share: parts.loss(_with(share_E, e, share)))
+
+
+def _with(share_E: Tensor, e: int, share: float) -> Tensor:
+    changed_E = share_E.detach().clone()
+    changed_E[e] = share
+    return changed_E
+
+
+def parts_of(system: Recipe, batch: Batch) -> Parts:
+    """Of a batch of pairs."""
+    experts, num_rows, num_own = system.routed.experts, len(batch), len(system.domains)
+    routing = system.route(batch)
+    gate_NE = torch.zeros_like(routing.logits_NE).scatter(1, routing.experts_NK, routing.weights_NK)
+    row_M = torch.arange(num_rows, device=gate_NE.device).repeat_interleave(num_own + 1)
+    part_M = torch.arange(num_own + 1, device=gate_NE.device).repeat(num_rows)
+    part_NP = experts.parts(batch.rows(row_M), part_M).view(num_rows, num_own + 1)
+    own_NE = part_NP[:, :num_own] * gate_NE
+    half = num_rows // 2
+    return Parts(
+        shared_B=part_NP[:half, num_own] - part_NP[half:, num_own],
+        own_BE=own_NE[:half] - own_NE[half:],
+        domain_B=batch.domain_N[:half],
+    )
