@@ -86,13 +86,10 @@ class Recipe(GatedSystem):
 
     def forward(self, batch: Batch, routing: Routing | None = None) -> Rewards:
         """The weights sum to 1, so the sum and each expert have the same zero and unit."""
-        output = self.routed(batch, routing)
+        output: Rewards = self.routed(batch, routing)
         assert output.expert_reward_NK is not None
-        return replace(
-            output,
-            reward_N=self.standardize(output.reward_N),
-            expert_reward_NK=self.standardize(output.expert_reward_NK),
-        )
+        reward_N, expert_reward_NK = self.standardize(output.reward_N), self.standardize(output.expert_reward_NK)
+        return replace(output, reward_N=reward_N, expert_reward_NK=expert_reward_NK)
 
     def judge(self, batch: Batch, experts_NK: Tensor) -> Tensor:
         return self.standardize(self.routed.judge(batch, experts_NK))  # type: ignore[no-any-return]
@@ -150,9 +147,7 @@ class Recipe(GatedSystem):
             shares = self.routed.experts.share_E.tolist()
             return {"shares": dict(zip(self.domains, shares, strict=True))}
 
-        return Stage(
-            name="shares", module=self, learn=(self.routed.experts.share_E,), objective=pairwise, solve=solve
-        )
+        return Stage(name="shares", module=self, learn=(self.routed.experts.share_E,), objective=pairwise, solve=solve)
 
     def num_active_parameters(self) -> int:
         top_k = self.config.top_k or len(self.domains)
@@ -171,28 +166,27 @@ class Parts:
     def loss(self, share_E: Tensor) -> float:
         """Mean over the domains of each one's mean -log σ(Δ)."""
         loss_B = -F.logsigmoid(self.shared_B + self.own_BE @ share_E)
-        return float(torch.stack([loss_B[self.domain_B == d].mean() for d in self.domain_B.unique()]).mean())
+        return float(torch.stack([loss_B[self.domain_B == d].mean() for d in sorted({*self.domain_B.tolist()})]).mean())
 
 
-@torch.no_grad()
 def choose_shares(system: Recipe, chosen: Sequence[int], held_out: Iterable[Batch]) -> None:
-    """Set the shares of the experts `chosen`, one after the other in a few sweeps, to what loses least on held-out
-    pairs as the router mixes them. An expert without a held-out pair of its domain keeps the share it has."""
+    """Set the shares of the experts `chosen` by held-out pairs, as the router mixes them; without any, leave them."""
     measured = [parts_of(system, batch) for batch in held_out]
-    if not measured:
-        return
-    parts = Parts(*(torch.cat([getattr(m, name) for m in measured]) for name in ("shared_B", "own_BE", "domain_B")))
+    if measured:
+        parts = Parts(*(torch.cat([getattr(m, name) for m in measured]) for name in ("shared_B", "own_BE", "domain_B")))
+        share_E = system.routed.experts.share_E
+        share_E.copy_(best_shares(parts, share_E, chosen))
+
+
+def best_shares(parts: Parts, start_E: Tensor, chosen: Sequence[int]) -> Tensor:
+    """`share_E` of the least loss: one share after the other, in a few sweeps. An expert without a held-out pair of
+    its domain keeps the share it has."""
+    share_E = start_E.detach().clone()
     seen = [e for e in chosen if bool((parts.domain_B == e).any())]
-    share_E = system.routed.experts.share_E
-    for _ in range(SWEEPS):
-        for e in seen:
-            share_E[e] = min(SHARES.tolist(), key=lambda share: parts.loss(_with(share_E, e, share)))
-
-
-def _with(share_E: Tensor, e: int, share: float) -> Tensor:
-    changed_E = share_E.detach().clone()
-    changed_E[e] = share
-    return changed_E
+    for e in seen * SWEEPS:
+        tried = [torch.cat([share_E[:e], share[None], share_E[e + 1 :]]) for share in SHARES.to(share_E)]
+        share_E = min(tried, key=parts.loss)
+    return share_E
 
 
 def parts_of(system: Recipe, batch: Batch) -> Parts:
