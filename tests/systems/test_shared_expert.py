@@ -17,7 +17,15 @@ from moreward.nn.losses import PairwiseLoss
 from moreward.scoring import load
 from moreward.systems import baseline
 from moreward.systems._base import Stage, SystemConfig
-from moreward.systems.shared_expert import SHARED, SHARES, Parts, Recipe, SharedExpertConfig, best_shares, parts_of
+from moreward.systems.shared_expert import (
+    SHARED,
+    SHARES,
+    Differences,
+    Recipe,
+    SharedExpertConfig,
+    best_shares,
+    parts_of,
+)
 from moreward.train.extend import extend
 from moreward.types import Batch, Conversation, Preference
 from trained import card, trained, weights, write_pairs
@@ -85,10 +93,10 @@ def test_at_share_0_the_reward_is_the_shared_one_exactly(tune: str, tiny_backbon
 @torch.no_grad()
 def test_own_experts_that_have_learned_nothing_leave_the_baseline(tiny_backbone: Tiny, few: list[Preference]) -> None:
     folder = tiny_backbone("bert")
-    system, batch = system_of(folder, tune="frozen", untrained=True, top_k=1), batch_of(folder, few)
+    system, batch = system_of(folder, tune="frozen", untrained=True, top_k=1, length=False), batch_of(folder, few)
     torch.manual_seed(0)
     single = baseline.Recipe(SystemConfig(tune="frozen"), Backbone.load(str(folder), pooling="mean"), DOMAINS)
-    single.expert.head.load_state_dict(system.routed.experts.parts.head(SHARED).state_dict())
+    single.expert.head.load_state_dict(system.routed.experts.parts.head(SHARED).state_dict())  # inputs are as they came
     assert torch.equal(system(batch).reward_N, single.eval()(batch).reward_N)
 
 
@@ -111,6 +119,7 @@ def test_one_pass_over_a_mixed_batch_gives_each_own_expert_the_gradient_of_its_o
         weight_B = (domain_B == index).float()
         together = dict(zip(map(id, own.learn), gradients(own, batch, weight_B), strict=True))
         stage = system.expert_stage(domain, PairwiseLoss())
+        assert stage.solve is None
         alone = gradients(stage, batch_of(tiny_backbone(kind), [p for p in few if p.domain == domain]))
         largest = max(float(g.abs().max()) for g in alone)
         assert largest > 0
@@ -137,14 +146,14 @@ def test_the_gate_sees_the_prompt_and_nothing_of_the_response(tiny_backbone: Tin
 # ---- shares
 
 
-def made_up(seed: int, *, num: int = 60) -> Parts:
+def made_up(seed: int, *, num: int = 60) -> Differences:
     """Own expert 0 is right about its domain, own expert 1 says the opposite of what is right."""
     generator = torch.Generator().manual_seed(seed)
     domain_B = torch.arange(num) % 2
     own_BE = torch.randn(num, 2, generator=generator) * 0.3
     own_BE[domain_B == 0, 0] += 0.4
     own_BE[domain_B == 1, 1] -= 1.0
-    return Parts(shared_B=torch.randn(num, generator=generator), own_BE=own_BE, domain_B=domain_B)
+    return Differences(shared_B=torch.randn(num, generator=generator), own_BE=own_BE, domain_B=domain_B)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -160,7 +169,7 @@ def test_shares_are_those_of_the_least_held_out_loss(seed: int) -> None:
 def test_a_domain_weighs_the_same_however_many_held_out_pairs_it_has() -> None:
     parts = made_up(0)
     rows = torch.cat([torch.arange(60), *[(parts.domain_B == 0).nonzero().flatten()] * 5])
-    more = Parts(parts.shared_B[rows], parts.own_BE[rows], parts.domain_B[rows])
+    more = Differences(parts.shared_B[rows], parts.own_BE[rows], parts.domain_B[rows])
     share_E = torch.tensor([0.3, 0.6])
     assert more.loss(share_E) == pytest.approx(parts.loss(share_E), rel=1e-5)
 
@@ -169,7 +178,7 @@ def test_only_the_named_shares_move_and_only_where_pairs_are_held_out() -> None:
     parts = made_up(1)
     start_E = torch.tensor([0.9, 0.9])
     assert best_shares(parts, start_E, [1]).tolist() == pytest.approx([0.9, 0.0])
-    only = Parts(*(t[parts.domain_B == 0] for t in (parts.shared_B, parts.own_BE, parts.domain_B)))
+    only = Differences(*(t[parts.domain_B == 0] for t in (parts.shared_B, parts.own_BE, parts.domain_B)))
     assert float(best_shares(only, start_E, [0, 1])[1]) == pytest.approx(0.9)
     assert start_E.tolist() == pytest.approx([0.9, 0.9]), "what was given stays as it was"
 
@@ -239,4 +248,4 @@ def test_its_settings_can_be_trained(
     if "system.shrink=false" in words:
         assert told["stages"][-1]["solved"]["shares"] == dict.fromkeys(DOMAINS, 1.0)
     else:
-        assert told["parameters"]["stored"] - told["parameters"]["active"] == 32 * 32 + 32 + 32 + 1
+        assert told["parameters"]["stored"] - told["parameters"]["active"] == 33 * 32 + 32 + 32 + 1

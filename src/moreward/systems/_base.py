@@ -290,6 +290,8 @@ def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequenc
     """Bring the backbone into the state that `tune` names: with adapters, with kept features, or as it is.
 
     An adapter's start follows torch's seed and its own name, not the order of creation."""
+    if backbone.pooling == "spans" and config.tune != "frozen":
+        raise ConfigError(f"pooling: 'spans' is read from a frozen backbone; use tune=frozen (got tune={config.tune})")
     if config.tune == "lora":
         assert isinstance(config, LoRAConfig)
         bank = LoRABank(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,20 +27,55 @@ SHARED = "@shared"
 """The shared expert's adapter. The sign keeps it apart from any domain's name."""
 SHARES = torch.linspace(0, 1, 21)
 SWEEPS = 4
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+DEFAULT_RIDGE = 1e-1
+"""Where no pair of the domain is held out to choose by."""
 
 
 class SharedExpertConfig(LoRAConfig):
     top_k: int | None = Field(None, ge=1, description="own experts added per prompt; unset: all, each by its weight")
     own_head: Literal["linear", "mlp"] = Field("linear", description="of the own experts; the shared one has `head`")
+    length: bool = Field(True, description="frozen: experts also see the logarithm of the response's length")
     shrink: bool = Field(True, description="let held-out pairs say how much of each own expert is added")
+
+    @property
+    def solves(self) -> bool:
+        """Whether own experts are fitted in closed form: linear ones on vectors that do not change."""
+        return self.tune == "frozen" and self.own_head == "linear"
+
+
+class Parts(AdapterExperts):
+    """The own experts and then the shared one. On a frozen backbone their heads see its vector and the length, each
+    number with zero mean and unit variance over the training pairs: heads read nothing of a number that is small."""
+
+    def __init__(self, backbone: Backbone, heads: Mapping[str, RewardHead], *, scales: bool, length: bool) -> None:
+        super().__init__(backbone, heads)
+        self.scales, self.length = scales, length
+        if scales:
+            size = backbone.hidden_size + length
+            self.shift_D, self.scale_D = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.ones(size))
+
+    def read(self, batch: Batch, expert_N: Tensor) -> Tensor:
+        x_ND = self.unscaled(batch, expert_N)
+        return (x_ND - self.shift_D) * self.scale_D if self.scales else x_ND
+
+    def unscaled(self, batch: Batch, expert_N: Tensor | None = None) -> Tensor:
+        hidden_ND = super().read(batch, expert_N)  # type: ignore[arg-type]
+        return torch.cat([hidden_ND, log_length(batch)[:, None]], 1) if self.length else hidden_ND
+
+
+def log_length(batch: Batch) -> Tensor:
+    """The logarithm of the tokens behind the prompt; of all, where the prompt was cut."""
+    total_N = batch.mask_NT.sum(1)
+    behind_N = total_N - batch.prompt_mask_PT.sum(1)[batch.prompt_of_N]
+    return torch.where(behind_N > 0, behind_N, total_N).float().log()
 
 
 class SharedAndOwn(nn.Module):
     """Expert e is the shared expert plus `share_E[e]` of own expert e: both in one pass, each row twice. The rewards
     are raw."""
 
-    def __init__(self, parts: AdapterExperts, num_own: int) -> None:
-        """`parts` are the own experts and then the shared one."""
+    def __init__(self, parts: Parts, num_own: int) -> None:
         super().__init__()
         self.parts = parts
         self.num_own = num_own
@@ -61,7 +97,8 @@ class Recipe(GatedSystem):
     A shared expert beside routed ones is DeepSeekMoE's (arXiv 2401.06066, section 3.1.2), there feed-forward networks
     in a layer; dense soft gates over LoRA experts are LoRAMoE's (arXiv 2312.09979). Here the experts are reward models
     and an own expert learns what the shared one gets wrong. Stages: the shared expert on all pairs; all own experts
-    in one pass over mixed batches, each on its domain's; the router; the shares, on held-out pairs.
+    in one pass over mixed batches, each on its domain's; the router; the shares, on held-out pairs. On a frozen
+    backbone a stage `inputs` comes first, and linear own experts are solved for.
     """
 
     Config = SharedExpertConfig
@@ -74,12 +111,15 @@ class Recipe(GatedSystem):
         super().__init__(config, backbone, domains)
         # Adapter e and part e are the same number: the own experts, the shared one; the router has no part.
         prepare_backbone(backbone, config, adapters=[*self.expert_names, SHARED, ROUTER])
-        size, num_own = backbone.hidden_size, len(domains)
-        own = {name: RewardHead(size, config.own_head) for name in self.expert_names}
+        frozen, num_own = config.tune == "frozen", len(domains)
+        length = frozen and config.length
+        size, width = backbone.hidden_size + length, int(backbone.config.hidden_size)
+        own = {name: RewardHead(size, config.own_head, width) for name in self.expert_names}
         for head in own.values():
             nn.init.zeros_(head.last.weight)  # adding an expert that has learned nothing changes no reward
-        parts = AdapterExperts(backbone, {**own, SHARED: RewardHead(size, config.head_kind)})
-        gate = TopKRouter(size, num_own, config.top_k or num_own)
+        heads = {**own, SHARED: RewardHead(size, config.head_kind, width)}
+        parts = Parts(backbone, heads, scales=frozen, length=length)
+        gate = TopKRouter(backbone.hidden_size, num_own, config.top_k or num_own)
         router = PromptRouter(backbone, gate, num_own + 1 if backbone.bank is not None else None)
         self.routed = Routed(router, SharedAndOwn(parts, num_own))
         self.standardize = Standardize()
@@ -107,9 +147,12 @@ class Recipe(GatedSystem):
         return [*learnable(router.backbone, self.config, ROUTER), *router.router.parameters()]
 
     def stages(self, pairwise: Objective) -> list[Stage]:
+        inputs = [self._inputs_stage(pairwise)] if self.config.tune == "frozen" else []
+        solved = [self.expert_stage(domain, pairwise) for domain in self.domains]
         return [
+            *inputs,
             self._shared_stage(pairwise),
-            self._own_stage(pairwise),
+            *(solved if self.config.solves else [self._own_stage(pairwise)]),
             self.router_stage(),
             replace(self._shares_stage(self.domains, pairwise), standardize=self.standardize),
         ]
@@ -119,7 +162,14 @@ class Recipe(GatedSystem):
 
     def expert_stage(self, domain: str, pairwise: Objective) -> Stage:
         """One own expert on what the shared one leaves over. The zero and unit of the whole stay as they are."""
-        return replace(super().expert_stage(domain, pairwise), standardize=None)
+        stage = replace(super().expert_stage(domain, pairwise), standardize=None)
+        solve = partial(solve_own, self.routed.experts, self.domains.index(domain))
+        return replace(stage, solve=solve) if self.config.solves else stage
+
+    def _inputs_stage(self, pairwise: Objective) -> Stage:
+        parts = self.routed.experts.parts
+        learn = (parts.shift_D, parts.scale_D)
+        return Stage(name="inputs", module=self, learn=learn, objective=pairwise, solve=partial(fit_inputs, parts))
 
     def _shared_stage(self, pairwise: Objective) -> Stage:
         parts = self.routed.experts.parts
@@ -155,8 +205,77 @@ class Recipe(GatedSystem):
         return self.num_parameters() - sum(p.numel() for p in idle)
 
 
+def fit_inputs(parts: Parts, train: Iterable[Batch], _: Iterable[Batch]) -> Mapping[str, Any]:
+    """Mean and standard deviation of what the heads see, over all training conversations; constants keep their unit."""
+    x_ND = torch.cat([parts.unscaled(batch).double() for batch in train])
+    std_D = x_ND.std(0, correction=0)
+    parts.shift_D.copy_(x_ND.mean(0))
+    parts.scale_D.copy_(1 / torch.where(std_D > 1e-6, std_D, 1.0))
+    return {"conversations": len(x_ND)}
+
+
 @dataclass(frozen=True)
-class Parts:
+class Residuals:
+    """What an own expert is fitted on: B pairs as differences of inputs, beside what the shared expert says already."""
+
+    x_BD: Tensor
+    given_B: Tensor
+    weight_B: Tensor
+
+    def loss(self, weight_D: Tensor) -> Tensor:
+        loss_B = -F.logsigmoid(self.given_B + self.x_BD @ weight_D)
+        return (loss_B * self.weight_B).mean()
+
+
+def solve_own(
+    experts: SharedAndOwn, index: int, train: Iterable[Batch], held_out: Iterable[Batch]
+) -> Mapping[str, Any]:
+    """Logistic regression on what the shared expert leaves over, with the ridge that loses least on held-out pairs."""
+    learned = residuals(experts.parts, experts.num_own, train)
+    judged = residuals(experts.parts, experts.num_own, held_out)
+    assert learned is not None
+    ridges = RIDGES if judged is not None else (DEFAULT_RIDGE,)
+    fitted = {ridge: fit_ridge(learned, ridge) for ridge in ridges}
+    best = min(fitted, key=lambda ridge: float(judged.loss(fitted[ridge])) if judged is not None else 0.0)
+    head = experts.parts.head(list(experts.parts.heads)[index])
+    head.last.weight.copy_(fitted[best][None])
+    return {"ridge": best, "pairs": len(learned.x_BD)}
+
+
+def residuals(parts: Parts, shared: int, batches: Iterable[Batch]) -> Residuals | None:
+    """Of pairs; None where there are none."""
+    rows = [_residuals(parts, shared, batch) for batch in batches]
+    return Residuals(*(torch.cat(column) for column in zip(*rows, strict=True))) if rows else None
+
+
+def _residuals(parts: Parts, shared: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    num_pairs = len(batch) // 2
+    shared_N = batch.domain_N.new_full((len(batch),), shared)
+    x_ND, reward_N = parts.read(batch, shared_N), parts(batch, shared_N)
+    given_B = reward_N[:num_pairs] - reward_N[num_pairs:]
+    given_B = given_B if batch.margin_B is None else given_B - batch.margin_B
+    weight_B = torch.ones_like(given_B) if batch.weight_B is None else batch.weight_B
+    return x_ND[:num_pairs] - x_ND[num_pairs:], given_B, weight_B
+
+
+@torch.enable_grad()
+def fit_ridge(pairs: Residuals, ridge: float) -> Tensor:
+    """`weight_D` of the least mean loss + ridge · |weight|²; the objective is convex."""
+    weight_D = pairs.x_BD.new_zeros(pairs.x_BD.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_D], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = pairs.loss(weight_D) + ridge * weight_D.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weight_D.detach()
+
+
+@dataclass(frozen=True)
+class Differences:
     """What each expert adds to the reward difference of held-out pairs, the own ones already times their gate."""
 
     shared_B: Tensor
@@ -173,12 +292,13 @@ def choose_shares(system: Recipe, chosen: Sequence[int], held_out: Iterable[Batc
     """Set the shares of the experts `chosen` by held-out pairs, as the router mixes them; without any, leave them."""
     measured = [parts_of(system, batch) for batch in held_out]
     if measured:
-        parts = Parts(*(torch.cat([getattr(m, name) for m in measured]) for name in ("shared_B", "own_BE", "domain_B")))
+        columns = zip(*((m.shared_B, m.own_BE, m.domain_B) for m in measured), strict=True)
+        parts = Differences(*(torch.cat(column) for column in columns))
         share_E = system.routed.experts.share_E
         share_E.copy_(best_shares(parts, share_E, chosen))
 
 
-def best_shares(parts: Parts, start_E: Tensor, chosen: Sequence[int]) -> Tensor:
+def best_shares(parts: Differences, start_E: Tensor, chosen: Sequence[int]) -> Tensor:
     """`share_E` of the least loss: one share after the other, in a few sweeps. An expert without a held-out pair of
     its domain keeps the share it has."""
     share_E = start_E.detach().clone()
@@ -189,7 +309,7 @@ def best_shares(parts: Parts, start_E: Tensor, chosen: Sequence[int]) -> Tensor:
     return share_E
 
 
-def parts_of(system: Recipe, batch: Batch) -> Parts:
+def parts_of(system: Recipe, batch: Batch) -> Differences:
     """Of a batch of pairs."""
     experts, num_rows, num_own = system.routed.experts, len(batch), len(system.domains)
     routing = system.route(batch)
@@ -199,7 +319,7 @@ def parts_of(system: Recipe, batch: Batch) -> Parts:
     part_NP = experts.parts(batch.rows(row_M), part_M).view(num_rows, num_own + 1)
     own_NE = part_NP[:, :num_own] * gate_NE
     half = num_rows // 2
-    return Parts(
+    return Differences(
         shared_B=part_NP[:half, num_own] - part_NP[half:, num_own],
         own_BE=own_NE[:half] - own_NE[half:],
         domain_B=batch.domain_N[:half],
