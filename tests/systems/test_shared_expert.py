@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from moreward.data.batches import Encoder, conversation_batch, encode_pairs, pair_batch
 from moreward.nn.backbone import Backbone, load_tokenizer
@@ -18,16 +21,22 @@ from moreward.scoring import load
 from moreward.systems import baseline
 from moreward.systems._base import Stage, SystemConfig
 from moreward.systems.shared_expert import (
+    RIDGES,
     SHARED,
     SHARES,
     Differences,
     Recipe,
+    Residuals,
     SharedExpertConfig,
     best_shares,
+    fit_inputs,
+    fit_ridge,
+    log_length,
     parts_of,
+    solve_own,
 )
 from moreward.train.extend import extend
-from moreward.types import Batch, Conversation, Preference
+from moreward.types import Batch, Conversation, Preference, Rewards
 from trained import card, trained, weights, write_pairs
 
 DOMAINS = ("long", "short")
@@ -192,6 +201,72 @@ def test_what_the_shares_are_chosen_by_is_the_reward_difference(tiny_backbone: T
     torch.testing.assert_close(delta_B, output.chosen_B - output.rejected_B, rtol=1e-5, atol=1e-5)
 
 
+# ---- solved own experts
+
+
+def residuals_of(seed: int, num: int, *, signal: float) -> Residuals:
+    generator = torch.Generator().manual_seed(seed)
+    x_BD = torch.randn(num, 20, generator=generator)
+    x_BD[:, 0] += signal
+    return Residuals(x_BD, torch.randn(num, generator=generator), torch.ones(num))
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1e-1])
+def test_the_ridge_solution_is_that_of_scipy(ridge: float) -> None:
+    pairs = residuals_of(0, 200, signal=0.5)
+    x_BD, given_B = pairs.x_BD.double().numpy(), pairs.given_B.double().numpy()
+
+    def objective(w: np.ndarray) -> float:
+        return float(np.logaddexp(0, -(given_B + x_BD @ w)).mean() + ridge * w @ w)
+
+    wanted = minimize(objective, np.zeros(20), method="BFGS").x
+    np.testing.assert_allclose(fit_ridge(pairs, ridge).numpy(), wanted, atol=2e-3)
+
+
+def test_a_pair_of_weight_0_is_not_learned_from() -> None:
+    pairs = residuals_of(0, 60, signal=0.5)
+    pairs.weight_B[30:] = 0
+    half = Residuals(*(t[:30] for t in (pairs.x_BD, pairs.given_B, pairs.weight_B)))
+    # The mean is over all pairs, so half of them weigh half against the ridge.
+    torch.testing.assert_close(fit_ridge(pairs, 0.1), fit_ridge(half, 0.2), rtol=1e-2, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_is_solved_sees_the_shared_expert_and_the_scaled_inputs(
+    tiny_backbone: Tiny, few: list[Preference]
+) -> None:
+    system, batch = system_of(tiny_backbone("bert"), tune="frozen"), batch_of(tiny_backbone("bert"), few)
+    experts = system.routed.experts
+    fit_inputs(experts.parts, [batch], [])
+    x_ND = experts.parts.read(batch, torch.zeros(len(batch), dtype=torch.long))
+    assert x_ND.shape[1] == system.backbones()[0].hidden_size + 1
+    torch.testing.assert_close(x_ND.mean(0), torch.zeros(x_ND.shape[1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x_ND.std(0, correction=0), torch.ones(x_ND.shape[1]), atol=1e-3, rtol=0)
+    mine = batch_of(tiny_backbone("bert"), [p for p in few if p.domain == "long"])
+    before_B = Rewards(reward_N=experts(mine, torch.full((len(mine),), -1)))
+    solve_own(experts, 0, [mine], [])
+    after = Rewards(reward_N=experts(mine, mine.domain_N))
+    loss = [-torch.nn.functional.logsigmoid(r.chosen_B - r.rejected_B).mean() for r in (before_B, after)]
+    assert loss[1] < loss[0]
+
+
+@torch.no_grad()
+def test_an_own_expert_that_only_overfits_gets_the_largest_ridge(tiny_backbone: Tiny, few: list[Preference]) -> None:
+    system = system_of(tiny_backbone("bert"), tune="frozen")
+    batch = batch_of(tiny_backbone("bert"), few)
+    opposite = batch_of(tiny_backbone("bert"), [p.swapped() for p in few])
+    assert solve_own(system.routed.experts, 0, [batch], [opposite])["ridge"] == max(RIDGES)
+    assert solve_own(system.routed.experts, 0, [batch], [batch])["ridge"] == min(RIDGES)
+
+
+def test_the_length_is_that_of_the_response(tiny_backbone: Tiny, few: list[Preference]) -> None:
+    batch = batch_of(tiny_backbone("bert"), few)
+    tokenizer = load_tokenizer(str(tiny_backbone("bert")))
+    texts = [*(p.chosen for p in few), *(p.rejected for p in few)]
+    wanted = [math.log(len(tokenizer(t, add_special_tokens=False)["input_ids"]) + 1) for t in texts]  # and the ending
+    assert log_length(batch).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
 # ---- whole runs
 
 
@@ -203,6 +278,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny, pairs: Se
 def test_a_run_has_its_four_stages_and_tells_the_shares(run: Path) -> None:
     told = card(run)
     assert [stage["stage"] for stage in told["stages"]] == ["shared", "own", "router", "shares"]
+    assert not any("shift" in name for name in weights(run)), "inputs are scaled where they do not change"
     shares = told["stages"][-1]["solved"]["shares"]
     assert set(shares) == set(DOMAINS)
     assert all(0 <= share <= 1 for share in shares.values())
