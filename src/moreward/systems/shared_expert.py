@@ -262,7 +262,10 @@ def _residuals(parts: Parts, shared: int, batch: Batch) -> tuple[Tensor, Tensor,
 def fit_ridge(pairs: Residuals, ridge: float) -> Tensor:
     """`weight_D` of the least mean loss + ridge · |weight|²; the objective is convex."""
     weight_D = pairs.x_BD.new_zeros(pairs.x_BD.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight_D], max_iter=60, line_search_fn="strong_wolfe")
+    # Any gradient is worth a step: where the shared expert is nearly right they are small.
+    optimizer = torch.optim.LBFGS(
+        [weight_D], max_iter=60, tolerance_grad=0.0, tolerance_change=1e-24, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
