@@ -20,7 +20,7 @@ SPEED = (
     "data.val_fraction=0.25",
     "data.max_length=96",
 )
-FIELDS = ("prompt", "chosen", "rejected", "domain", "id", "margin", "tools", "chat_template_kwargs")
+FIELDS = ("prompt", "chosen", "rejected", "domain", "capability", "id", "margin", "tools", "chat_template_kwargs")
 
 _made: dict[tuple[str, ...], Path] = {}
 

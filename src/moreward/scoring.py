@@ -6,7 +6,6 @@ N conversations, P prompts, E experts, K experts used.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from moreward.calibration import EVERYONE, Calibration, how_to_get_it, read_calibration, sigmoid
 from moreward.data.batches import Encoded, Encoder, conversation_batch, side
 from moreward.errors import AbstainedError, ConfigError, DataError, NonFiniteError, RunError
+from moreward.items import Item, as_conversation, as_text
 from moreward.nn.experts import Standardize
 from moreward.nn.features import FeatureStore
 from moreward.runs import identity, model_folder, read_model
@@ -47,8 +47,6 @@ which makes as much of rounding: with a standard deviation of 5e-4 a reward may 
 
 Routes = dict[tuple[int, ...], Routing]
 """Routings of single prompts, by their tokens."""
-Item = Conversation | Mapping[str, Any] | tuple[Text, Text]
-ITEM_KEYS = ("prompt", "response", "id", "domain", "tools", "chat_template_kwargs", "meta")
 
 
 @dataclass(frozen=True)
@@ -455,11 +453,12 @@ class Scorer:
         gate = (
             logits_NE.double().softmax(-1).tolist() if logits_NE is not None and self.caution.weigh == "gate" else None
         )
+        apart = self.num_judges > 1  # objectives that are parts of one reward do not disagree
         entropy = router_entropy(logits_NE).tolist() if logits_NE is not None else [None] * len(told)
         found = [
             Uncertainty(
                 mean=reward.number,
-                disagreement=disagreement([*reward.expert_rewards.values()], gate and gate[n]),
+                disagreement=disagreement([*reward.expert_rewards.values()], gate and gate[n]) if apart else None,
                 router_entropy=entropy[n],
             )
             for n, reward in enumerate(told)
@@ -623,58 +622,6 @@ def pick_device(name: str) -> torch.device:
             f"device: {name!r} is not there; use auto, cpu{' or cuda' if torch.cuda.is_available() else ''}"
         )
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def as_text(value: Any) -> Text:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"expected text or a list of messages, got {type(value).__name__}")
-    for place, turn in enumerate(value):
-        role, content = turn.get("role"), turn.get("content")
-        if not isinstance(role, str):
-            raise DataError(f"message {place}: role must be a string (got {type(role).__name__})")
-        if content is not None and not isinstance(content, str):
-            raise DataError(f"message {place}: content must be a string or None (got {type(content).__name__})")
-    return tuple(value)
-
-
-def as_conversation(item: Item, index: int) -> Conversation:
-    """Accept what users have at hand. DataError names the item."""
-    try:
-        conversation = _converted(item)
-        given = (conversation.prompt, conversation.response, conversation.tools, conversation.chat_template_kwargs)
-        json.dumps(given, ensure_ascii=False, default=dict).encode()  # half a surrogate pair is in no text of ours
-    except KeyError as error:
-        raise DataError(f"items[{index}]: {error} is missing; needed are prompt and response") from None
-    except (DataError, ValueError, TypeError) as error:
-        raise DataError(f"items[{index}]: {error}") from None
-    return conversation
-
-
-def _converted(item: Item) -> Conversation:
-    if isinstance(item, Conversation):
-        return item
-    if isinstance(item, tuple):
-        prompt, response = item
-        return Conversation(prompt=as_text(prompt), response=as_text(response))
-    if not isinstance(item, Mapping):
-        raise DataError(f"expected a Conversation, a mapping or (prompt, response), got {type(item).__name__}")
-    if unknown := [key for key in item if key not in ITEM_KEYS]:
-        raise DataError(f"unknown key {unknown[0]!r}. Known: {', '.join(ITEM_KEYS)}.")
-    tools, options = item.get("tools"), item.get("chat_template_kwargs") or {}
-    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
-        raise DataError("tools: expected a list of mappings")
-    if not isinstance(options, Mapping):
-        raise DataError(f"chat_template_kwargs: expected a mapping, got {type(options).__name__}")
-    return Conversation(
-        prompt=as_text(item["prompt"]),
-        response=as_text(item["response"]),
-        id=str(item.get("id", "")),
-        domain=str(item.get("domain") or ""),
-        tools=tools,
-        chat_template_kwargs=options,
-    )
 
 
 def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:

@@ -261,3 +261,11 @@ def test_the_paper_preset_is_the_papers_and_has_its_sizes() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve({"recipe": "armorm", "system": settings})
+
+
+def test_objectives_are_parts_of_one_reward_and_do_not_disagree(run: Path, some: list[Preference]) -> None:
+    """Helpful and short at once is no quarrel: disagreement is for experts that judge the same thing."""
+    reward = scorer_of(run)[0].score([side(some[0], "chosen")], uncertainty=True)[0]
+    assert reward.uncertainty is not None
+    assert reward.uncertainty.disagreement is None
+    assert reward.uncertainty.router_entropy is not None

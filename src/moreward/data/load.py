@@ -32,7 +32,7 @@ from types import MappingProxyType
 
 from moreward.data.benchmarks import BENCHMARKS, oasst
 from moreward.data.formats import Converted, convert_row, find_shape
-from moreward.data.reasons import NOT_BAD
+from moreward.data.reasons import CAPABILITY, NOT_BAD
 from moreward.data.rows import BadRow, Item, RawRow
 from moreward.data.shapes import SHAPES, Shape
 from moreward.data.sources import READERS, files_of, find_sources, read_rows, retagged
@@ -84,6 +84,33 @@ class Loaded:
     contradictions: list[tuple[Preference, Preference]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     skipped_files: list[str] = field(default_factory=list)
+
+
+def of_whole_responses(loaded: Loaded) -> Loaded:
+    """Without the pairs that judge one capability; their rows are put aside, for nobody may lose them without a word.
+
+    DataError where nothing else is left."""
+    kept = [p for p in loaded.preferences if not p.capability]
+    aside = {p.source or p.name: p for p in loaded.preferences if p.capability}
+    if aside and not kept:
+        raise DataError(
+            f"All {len(aside):,} rows judge one capability (the column `capability`) and none the whole response. "
+            "Give pairs that do, or take the column out."
+        )
+    return replace(
+        loaded,
+        preferences=kept,
+        quarantine=[*loaded.quarantine, *map(_put_aside, aside.values())],
+        num_kept_rows=loaded.num_kept_rows - len(aside),
+        contradictions=[pair for pair in loaded.contradictions if not pair[0].capability],
+    )
+
+
+def _put_aside(preference: Preference) -> Quarantined:
+    file, _, line = preference.source.rpartition(":")
+    number = int(line) if line.isdigit() else 0
+    detail = f"judges {preference.capability!r} only, not the whole response"
+    return Quarantined(file or preference.source, number, preference.domain, CAPABILITY, "capability", detail)
 
 
 def write_quarantine(rows: Iterable[Quarantined], path: str | Path) -> None:

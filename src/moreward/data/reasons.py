@@ -52,7 +52,10 @@ MESSAGE_FATES: tuple[str, ...] = (
 )
 """Why a message of an OpenAssistant tree stands in no pair."""
 
-NOT_BAD: frozenset[str] = frozenset({"duplicate", "identical", "tie", *MESSAGE_FATES})
+CAPABILITY = "capability"
+"""The row judges one capability, where judgements of whole responses are wanted."""
+
+NOT_BAD: frozenset[str] = frozenset({"duplicate", "identical", "tie", CAPABILITY, *MESSAGE_FATES})
 """Reasons that say nothing against the file: such rows do not count towards `max_bad_share`."""
 
 REMARKS: tuple[str, ...] = (

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
-from moreward.data.load import assert_no_leak, check_domains, load_preferences
+from moreward.data.load import assert_no_leak, check_domains, load_preferences, of_whole_responses
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import ConfigError, RunError
+from moreward.items import as_text
 from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
 from moreward.scoring import Scorer, load
@@ -132,6 +133,7 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
         contradiction_weight=old.data.contradiction_weight,
         shape=addition["shape"],
     )
+    loaded = of_whole_responses(loaded)
     if others := sorted({p.domain for p in loaded.preferences} - {domain}):
         raise ConfigError(f"--data holds rows of domain {', '.join(others)}; give the pairs of {domain!r} alone")
     share = old.data.val_fraction
@@ -174,7 +176,5 @@ def _golden_difference(before: Scorer, after: Scorer) -> tuple[float, int]:
 
 
 def _item(golden: Mapping[str, Any]) -> Any:
-    from moreward.scoring import as_text
-
     preference = Preference(prompt=as_text(golden["prompt"]), chosen=as_text(golden["response"]), rejected="")
     return side(preference, "chosen")

@@ -10,9 +10,10 @@ from typing import Any
 from moreward.config import RunConfig, deviations
 from moreward.data.batches import Encoder, tokenizer_sha256
 from moreward.errors import ConfigError
+from moreward.items import as_text
 from moreward.nn.backbone import load_tokenizer
 from moreward.runs import identity, model_folder, read_card, write_model
-from moreward.scoring import Scorer, as_text
+from moreward.scoring import Scorer
 from moreward.systems._base import System
 from moreward.train.runner import NUM_GOLDEN, open_run
 from moreward.types import Conversation, text_key

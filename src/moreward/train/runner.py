@@ -37,8 +37,17 @@ from moreward.data.batches import (
     tokenizer_sha256,
 )
 from moreward.data.books import account
-from moreward.data.load import Loaded, Quarantined, assert_no_leak, check_domains, load_preferences, write_quarantine
+from moreward.data.load import (
+    Loaded,
+    Quarantined,
+    assert_no_leak,
+    check_domains,
+    load_preferences,
+    of_whole_responses,
+    write_quarantine,
+)
 from moreward.data.ratings import Ratings, divided, load_ratings
+from moreward.data.reasons import CAPABILITY
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import BackboneError, ConfigError, RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
@@ -151,10 +160,10 @@ def read_pairs(config: RunConfig) -> Pairs:
         "contradiction_weight": told.contradiction_weight,
         "use_margin": config.train.use_margin,
     }
-    loaded = load_preferences(list(told.train), **options)
+    loaded = of_whole_responses(load_preferences(list(told.train), **options))
     report: dict[str, Any] = {"train": _told(loaded)}
     if told.val:
-        held_out = load_preferences(list(told.val), **options)
+        held_out = of_whole_responses(load_preferences(list(told.val), **options))
         assert_no_leak(loaded.preferences, held_out.preferences)
         report["val"] = _told(held_out)
         sides = {"train": loaded.preferences, "val": held_out.preferences}
@@ -291,6 +300,8 @@ class Work:
                 backbone.without_dropout()
         for sentence in pairs.report.get("not_held_out", ()):
             reporter.say(sentence)
+        if put_aside := sum(row.reason == CAPABILITY for row in pairs.quarantine):
+            reporter.say(f"{put_aside:,} rows judge one capability, not the whole response: put aside")
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
         self.rated, lost = self._encode_rated(pairs.ratings)
