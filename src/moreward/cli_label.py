@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from moreward.data.judge.judges import Judge
 
 EPILOG = (
-    "The key is read from OPENAI_API_KEY (or --key-env) and written nowhere. OPENAI_BASE_URL and OPENAI_MODEL stand "
-    "for --base-url and --model. Killed and started again, it goes on where it was."
+    "The key is read from OPENAI_API_KEY and written nowhere. OPENAI_BASE_URL and OPENAI_MODEL stand for --base-url "
+    "and --model. Killed and started again, it goes on where it was. In docs/labels.md: --key-env, --body, --cache, "
+    "--ask-above, --timeout, --tries, --longest-wait, --max-failed."
 )
 
 
@@ -34,10 +35,14 @@ def label(
         str, typer.Option("--base-url", envvar="OPENAI_BASE_URL", help="An OpenAI-compatible endpoint.")
     ] = "https://api.openai.com/v1",
     model: Annotated[str, typer.Option("--model", envvar="OPENAI_MODEL", help="The judge's name there.")] = "",
-    key_env: Annotated[str, typer.Option("--key-env", help="The variable that holds the key.")] = "OPENAI_API_KEY",
+    key_env: Annotated[
+        str, typer.Option("--key-env", hidden=True, help="The variable that holds the key.")
+    ] = "OPENAI_API_KEY",
     body: Annotated[
         list[str] | None,
-        typer.Option("--body", metavar="KEY=VALUE", help="A further key of the request; null takes one away."),
+        typer.Option(
+            "--body", metavar="KEY=VALUE", hidden=True, help="A further key of the request; null takes one away."
+        ),
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", help="Judge with a trained run instead.")] = None,
     expert: Annotated[
@@ -47,17 +52,28 @@ def label(
         Path | None, typer.Option("--classifier", help="Judge with a Hugging Face reward model in a directory instead.")
     ] = None,
     template: Annotated[Path | None, typer.Option("--template", help="Your question: text, or YAML by point.")] = None,
-    cache: Annotated[Path | None, typer.Option("--cache", help="What was said; by default OUT.cache.jsonl.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", hidden=True, help="What was said; by default OUT.cache.jsonl.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; send and write nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before many questions.")] = False,
-    ask_above: Annotated[int, typer.Option("--ask-above", min=0, help="How many questions are many.")] = 1000,
+    ask_above: Annotated[
+        int, typer.Option("--ask-above", min=0, hidden=True, help="How many questions are many.")
+    ] = 1000,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first pairs of each task.")] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Questions under way at once.")] = 8,
-    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for an answer.")] = 60.0,
-    tries: Annotated[int, typer.Option("--tries", min=1, help="How often a question is asked that fails.")] = 6,
-    longest_wait: Annotated[float, typer.Option("--longest-wait", min=0, help="Seconds between two tries.")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, hidden=True, help="Seconds to wait for an answer.")
+    ] = 60.0,
+    tries: Annotated[
+        int, typer.Option("--tries", min=1, hidden=True, help="How often a question is asked that fails.")
+    ] = 6,
+    longest_wait: Annotated[
+        float, typer.Option("--longest-wait", min=0, hidden=True, help="Seconds between two tries.")
+    ] = 120.0,
     max_failed: Annotated[
-        float, typer.Option("--max-failed", min=0, max=1, help="Stop when more than this share gets no answer.")
+        float,
+        typer.Option("--max-failed", min=0, max=1, hidden=True, help="Stop when more than this share gets no answer."),
     ] = 0.01,
     shape: Annotated[str | None, typer.Option("--format", help="Row shape, when it cannot be told.")] = None,
     domain: Annotated[str | None, typer.Option("--domain", help="The task of rows that name none.")] = None,

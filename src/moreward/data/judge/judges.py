@@ -155,10 +155,10 @@ class _Desk:
         except QuestionError as error:
             with self._lock:
                 self.num_failed += 1
-                too_many = self.num_failed > self.allowed
-            if too_many:
+                is_one_too_many = self.num_failed == self.allowed + 1
+            if is_one_too_many:  # it ends the job; those under way beside it have nothing to add
                 raise JudgeError(
-                    f"{self.num_failed} questions got no answer, {self.allowed} are allowed (--max-failed); the last: "
+                    f"{self.allowed + 1} questions got no answer, {self.allowed} are allowed (--max-failed); the last: "
                     f"{error}. What was answered is kept: start again to go on"
                 ) from None
         else:
