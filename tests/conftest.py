@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -88,3 +88,13 @@ def pairs() -> tuple[Preference, ...]:
                     )
                 )
     return tuple(made)
+
+
+@pytest.fixture(scope="session")
+def make(
+    tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Callable[[str], Path], pairs: Sequence[Preference]
+) -> Callable[..., Path]:
+    """`make("arliss", "bert", "seed=1")`: the folder of a finished run, made once a session. Do not write into it."""
+    from trained import trained
+
+    return lambda *what: trained(tmp_path_factory.mktemp("runs"), tiny_backbone, pairs, *what)

@@ -28,11 +28,6 @@ PROBE = [("Tell me about the sea.", "It is calm."), ("In the long style, tell me
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny, pairs: Sequence[Preference]) -> Make:
-    return lambda *what: trained(tmp_path_factory.mktemp("runs"), tiny_backbone, pairs, *what)
-
-
-@pytest.fixture(scope="module")
 def spare(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the run to be damaged and mended."""
     return Path(shutil.copytree(make(), tmp_path_factory.mktemp("spare") / "run"))

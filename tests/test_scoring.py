@@ -36,11 +36,6 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny, pairs: Sequence[Preference]) -> Make:
-    return lambda *what: trained(tmp_path_factory.mktemp("runs"), tiny_backbone, pairs, *what)
-
-
-@pytest.fixture(scope="module")
 def scorer(make: Make) -> Scorer:
     return load(make())
 

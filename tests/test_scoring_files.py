@@ -17,7 +17,6 @@ from moreward.bulk import score_file
 from moreward.data.batches import side
 from moreward.scoring import Scorer, load
 from moreward.types import Conversation, Preference
-from trained import trained
 
 TOLERANCE = 2e-3  # as in test_scoring.py
 Tiny = Callable[[str], Path]
@@ -33,11 +32,6 @@ scorer, source = load(arguments[0]), Path(arguments[1])
 def work(target):
     score_file(scorer, source, Path(target), chunk=16, explain=True)
 """
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny, pairs: Sequence[Preference]) -> Make:
-    return lambda *what: trained(tmp_path_factory.mktemp("runs"), tiny_backbone, pairs, *what)
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,11 @@ from moreward.evals.run import evaluate_run
 from moreward.scoring import Scorer, load
 from moreward.types import Conversation, Preference, Reward, Uncertainty
 from moreward.uncertainty import Caution, disagreement, parse_limits, router_entropy
-from trained import card, edit_card, trained, write_pairs
+from trained import card, edit_card, write_pairs
 
 TOLERANCE = 2e-3
 Tiny = Callable[[str], Path]
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny, pairs: Sequence[Preference]) -> Make:
-    return lambda *what: trained(tmp_path_factory.mktemp("runs"), tiny_backbone, pairs, *what)
 
 
 @pytest.fixture(scope="module")

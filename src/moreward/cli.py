@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -213,13 +214,13 @@ def score(
 ) -> None:
     """Give every row of a file its reward. Killed and started again, it goes on where it was."""
     from moreward.bulk import score_file
-    from moreward.scoring import load
     from moreward.train.track import Console
     from moreward.uncertainty import parse_limits
 
     console = Console()
-    scorer = load(
+    scorer = _load(
         run,
+        truncate=truncate,
         backbone=backbone,
         device=device,
         dtype=dtype,
@@ -227,8 +228,6 @@ def score(
         conservative=conservative,
         abstain=parse_limits(abstain or []),
     )
-    if truncate:
-        scorer.on_long = "truncate"
     if uncertainty:
         scorer.calibration()
     started = False
@@ -481,12 +480,12 @@ def _load(
     truncate: bool,
     backbone: str | None,
     device: str = "auto",
-    dtype: str = "fp32",
-    deterministic: bool = False,
+    **more: Any,
 ) -> Scorer:
+    """`more` are further arguments of `scoring.load`."""
     from moreward.scoring import load
 
-    scorer = load(run, backbone=backbone, device=device, dtype=dtype, deterministic=deterministic)
+    scorer = load(run, backbone=backbone, device=device, **more)
     if truncate:
         scorer.on_long = "truncate"
     return scorer
@@ -496,7 +495,7 @@ def _load_pairs(
     data: list[str], run: Path, *, domain_key: str | None = None, shape: str | None = None
 ) -> list[Preference]:
     """Pairs read as the run's own training data was, unless an option says otherwise."""
-    from moreward.data.load import load_preferences
+    from moreward.data.load import load_preferences, of_whole_responses
     from moreward.runs import model_folder, read_card
 
     told = read_card(model_folder(run))["config"]["data"]
@@ -511,8 +510,11 @@ def _load_pairs(
         max_bad_share=told["max_bad_share"],
         use_margin=False,
     )
+    loaded = of_whole_responses(loaded)
     if loaded.quarantine:
-        typer.echo(f"{len(loaded.quarantine)} rows not used; see: moreward data check", err=True)
+        told_why = Counter(row.reason for row in loaded.quarantine)
+        why = ", ".join(f"{reason} {n:,}" for reason, n in sorted(told_why.items()))
+        typer.echo(f"{len(loaded.quarantine)} rows not used ({why}); see: moreward data check", err=True)
     return loaded.preferences
 
 

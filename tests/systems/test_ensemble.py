@@ -25,17 +25,12 @@ from moreward.systems._base import System
 from moreward.train.ensemble import ensemble
 from moreward.train.runner import train
 from moreward.types import Batch, Conversation, Preference
-from trained import card, trained, weights, write_pairs
+from trained import card, weights, write_pairs
 from trained import given as configuration
 
 Tiny = Callable[[str], Path]
 Make = Callable[..., Path]
 HOWS = ("mean", "median", "worst", "uncertainty", "deviation")
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny, pairs: Sequence[Preference]) -> Make:
-    return lambda *what: trained(tmp_path_factory.mktemp("runs"), tiny_backbone, pairs, *what)
 
 
 def untrained(tiny_backbone: Tiny, tune: str, **system: Any) -> System:

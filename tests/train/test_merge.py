@@ -19,15 +19,10 @@ from moreward.runs import read_model
 from moreward.scoring import load
 from moreward.train.merge import Merged, Point, averaged_tensor, bank_of, joined, merge
 from moreward.types import Conversation, Preference
-from trained import card, digests, trained, weights, write_pairs
+from trained import card, digests, weights, write_pairs
 
 Tiny = Callable[[str], Path]
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny, pairs: Sequence[Preference]) -> Make:
-    return lambda *what: trained(tmp_path_factory.mktemp("runs"), tiny_backbone, pairs, *what)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from moreward.types import Batch, Preference, Rewards, Routing
 
 Tune = Literal["full", "lora", "frozen"]
 Presets = Mapping[str, Mapping[str, Any]]
+Solve = Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]]
 ROUTER = "@router"
 """The router's adapter. The sign keeps it apart from any expert's name."""
 
@@ -107,7 +108,7 @@ class Stage:
     select: Callable[[Preference], bool] = lambda preference: not preference.capability
     standardize: Standardize | None = None
     prepare: Callable[[], None] | None = None
-    solve: Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]] | None = None
+    solve: Solve | None = None
     keep: tuple[Tensor, ...] = ()
     rated: bool = False
     learning_rate: float | None = None

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,7 +26,7 @@ from moreward.data.batches import EncodedPair, EncodedRated, pair_batch, rated_b
 from moreward.errors import ConfigError, NonFiniteError
 from moreward.nn.experts import Standardize
 from moreward.nn.losses import Outcome, refuse_non_finite
-from moreward.systems._base import Stage
+from moreward.systems._base import Solve, Stage
 from moreward.train.plan import epoch_batches, stable_seed
 from moreward.train.track import MetricsFile, Reporter
 from moreward.types import Batch
@@ -34,7 +34,6 @@ from moreward.types import Batch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Solve = Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]]
 STANDARDIZE_PAIRS = 512
 LOG_EVERY = 10
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
