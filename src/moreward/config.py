@@ -96,7 +96,7 @@ class RunConfig(_Section):
     backbone: str = Field("minilm", description="minilm, a model directory, or a hub name")
     preset: Literal["practical", "paper"] = "practical"
     tune: Literal["full", "lora", "frozen"] | None = Field(None, description="what of the backbone learns")
-    pooling: Literal["auto", "own", "mean", "first", "last"] = "auto"
+    pooling: Literal["auto", "own", "mean", "first", "last", "spans"] = "auto"
     out: str = Field("", description="the run folder")
     seed: int = Field(0, ge=0, lt=2**63)
     data: DataConfig = DataConfig()

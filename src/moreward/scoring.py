@@ -22,7 +22,7 @@ from moreward.items import Item, as_conversation, as_text
 from moreward.nn.experts import Standardize
 from moreward.nn.features import FeatureStore
 from moreward.runs import identity, model_folder, read_model
-from moreward.systems._base import RoutedSystem, System
+from moreward.systems._base import GatedSystem, System
 from moreward.types import (
     Batch,
     Conversation,
@@ -195,7 +195,7 @@ class Scorer:
     @property
     def num_judges(self) -> int:
         """How many experts or members can be asked about one conversation; 0 where nobody can be asked apart."""
-        return len(self.system.member_labels) or (len(self.experts) if isinstance(self.system, RoutedSystem) else 0)
+        return len(self.system.member_labels) or (len(self.experts) if isinstance(self.system, GatedSystem) else 0)
 
     def be_cautious(self, caution: Caution) -> None:
         """Refuses, before anything is scored, what this system cannot tell."""
@@ -206,7 +206,7 @@ class Scorer:
             )
         if "router_entropy" in (caution.abstain or {}) and len(self.experts) < 2:
             raise ConfigError("abstain: router_entropy needs a router over two experts or more; this run has none")
-        if caution.weigh == "gate" and not isinstance(self.system, RoutedSystem):
+        if caution.weigh == "gate" and not isinstance(self.system, GatedSystem):
             raise ConfigError("weigh: 'gate' needs a router over experts that judge apart; this run has none")
         if "out_of_domain" in (caution.abstain or {}):
             self.calibration()
@@ -352,7 +352,7 @@ class Scorer:
     def _each_expert(self, item: Conversation) -> dict[str, float]:
         """Each expert in a forward of its own, so that the bits do not depend on how many experts there are."""
         batch = conversation_batch(self._encode([item], "truncate"), [-1], self.encoder.pad_id).to(self.device)
-        if not isinstance(self.system, RoutedSystem):
+        if not isinstance(self.system, GatedSystem):
             return {}
         alone = [torch.tensor([[e]], device=self.device) for e in range(len(self.experts))]
         return {name: float(self.system.judge(batch, e_11)) for name, e_11 in zip(self.experts, alone, strict=True)}
@@ -375,7 +375,7 @@ class Scorer:
     def _allowed(self, reward: Reward) -> float:
         """The rounding of a raw reward in units of the experts that gave this one, the coarsest counting."""
         system = self.system
-        if isinstance(system, RoutedSystem):
+        if isinstance(system, GatedSystem):
             name_of = dict(zip(system.domains, system.expert_names, strict=True))
             used = [system.standardizer(name_of[domain]) for domain in reward.weights]
         else:
@@ -419,7 +419,7 @@ class Scorer:
 
     def _routing(self, batch: Batch, routes: Routes) -> Routing:
         """Where each conversation goes; a prompt that stands in `routes` is not read again."""
-        assert isinstance(self.system, RoutedSystem)
+        assert isinstance(self.system, GatedSystem)
         prompts = [
             tuple(ids[:length])
             for ids, length in zip(batch.prompt_ids_PT.tolist(), batch.prompt_mask_PT.sum(1).tolist(), strict=True)
@@ -433,7 +433,7 @@ class Scorer:
 
     @torch.no_grad()
     def _rewards(self, batch: Batch, routes: Routes, explain: bool, uncertain: bool = False) -> list[Reward]:
-        if isinstance(self.system, RoutedSystem):
+        if isinstance(self.system, GatedSystem):
             output = self.system(batch, self._routing(batch, routes))
         else:
             output = self.system(batch)
@@ -512,7 +512,7 @@ class Scorer:
         experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
         everyone: list[list[float]] = [[] for _ in values]
         parts: dict[str, list[float]] = {}
-        if explain and isinstance(self.system, RoutedSystem):
+        if explain and isinstance(self.system, GatedSystem):
             reward_NE = self.system.judge(batch, self._all_experts(batch))
             assert output.expert_reward_NK is not None
             # The experts used have spoken already; a second computation could differ in the last digit.
@@ -540,7 +540,7 @@ class Scorer:
 
     @torch.no_grad()
     def _routed(self, batch: Batch, routes: Routes, seed: int) -> list[dict[str, Any]]:
-        if not isinstance(self.system, RoutedSystem):
+        if not isinstance(self.system, GatedSystem):
             every = bool(self.system.member_labels)  # members have all spoken anyway
             return [
                 {"reward": r.number, "expert": r.expert, "expert_rewards": r.expert_rewards}
@@ -605,7 +605,7 @@ def _by_length(encoded: Sequence[Encoded], budget: int) -> list[list[int]]:
     return chunks
 
 
-def judge_once(system: RoutedSystem, batch: Batch, wanted_NJ: Tensor, num_experts: int) -> Tensor:
+def judge_once(system: GatedSystem, batch: Batch, wanted_NJ: Tensor, num_experts: int) -> Tensor:
     """`reward_NJ` of the experts wanted for each row, each pair of row and expert computed once."""
     rows_NJ = torch.arange(len(batch), device=wanted_NJ.device)[:, None].expand_as(wanted_NJ)
     pairs, place_M = (rows_NJ * num_experts + wanted_NJ).flatten().unique(return_inverse=True)

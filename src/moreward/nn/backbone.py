@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POOLINGS = ("auto", "own", "mean", "first", "last")
+POOLINGS = ("auto", "own", "mean", "first", "last", "spans")
+NUM_SPANS = 4
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tekken.json")
 
 
@@ -112,6 +113,9 @@ class Backbone(nn.Module):
     - `own`: what the architecture's `*ForSequenceClassification` feeds to its last linear layer (BERT's and
       DeBERTa's pooler, RoBERTa's and ModernBERT's head), so that an expert's head is that layer;
     - `mean`, `first`, `last`: over the real tokens by the mask, never by looking for the pad id;
+    - `spans`: four means side by side (`hidden_size` is four times the transformer's): of all tokens after the last
+      layer, and of the last span's (the response's, where tokenizers join pairs) after the last layer, after half of
+      the layers and before the first. For encoders, with frozen weights;
     - `auto`: `last` for decoders; for encoders `mean` where the directory is a sentence-transformer that pools so,
       else `own`.
 
@@ -138,6 +142,7 @@ class Backbone(nn.Module):
         self.name = name
         self.is_decoder = last == "score"
         self.pooling = self._choose_pooling(pooling)
+        self.hidden_size *= NUM_SPANS if self.pooling == "spans" else 1
         self.pretrained: frozenset[str] = frozenset()
         self.bank = None
         self.store = None
@@ -160,6 +165,8 @@ class Backbone(nn.Module):
             raise BackboneError(f"pooling: unknown value {pooling!r}. Known: {', '.join(POOLINGS)}.")
         if self.is_decoder and pooling in ("auto", "own"):
             return "last"
+        if self.is_decoder and pooling == "spans":
+            raise BackboneError("pooling: 'spans' is for encoders; a decoder's last token has read all before it")
         if pooling == "auto":
             return "mean" if _pools_by_mean(resolve_backbone(self.name)) else "own"
         return pooling
@@ -307,6 +314,8 @@ class Backbone(nn.Module):
             device=ids_NT.device,
         )
         linear = self._linear(stream)
+        if self.pooling == "spans":
+            return self._spans(family, stream, linear)[torch.tensor(stream.leaf_of_N, device=ids_NT.device)]
         depth = 0 if self.bank is None or adapter_N is None else self.bank.num_trunk_layers
         if depth:
             lower, place_T = stream.without_adapters(share_prefixes=self.shares_prefixes and self.trunk_store is None)
@@ -321,6 +330,22 @@ class Backbone(nn.Module):
         if self.pooling == "own":
             x_TD = family.pooled(x_TD, linear)
         return self._in_order(x_TD, stream, kept=keep_L is not None)
+
+    def _spans(self, family: Family, stream: Stream, linear: StreamLinear) -> Tensor:
+        """One row a leaf, in the order of the stream."""
+        x_TD = family.embed(stream, linear)
+        states = [x_TD]
+        for i in range(family.num_layers):
+            x_TD = family.layer(i, x_TD, stream, linear, None)
+            if i + 1 == family.num_layers // 2:
+                states.append(x_TD)
+        states.append(family.final(x_TD))
+        return torch.stack(
+            [
+                _mean_of_spans([s[start : start + len(segment.tokens)] for s in states], last_span(segment.tokens))
+                for start, segment in zip(stream.starts, stream.segments, strict=True)
+            ]
+        )
 
     def _trunk(self, family: Family, stream: Stream) -> Tensor:
         """x_TD of a stream without adapters after the layers below all adapters."""
@@ -366,10 +391,21 @@ class Backbone(nn.Module):
         return StreamLinear(stream, self._module_names, self.bank, self.kept, merges=not self.training)
 
     def _pooled(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        if self.pooling == "spans":
+            return self._padded_spans(ids_NT, mask_NT)
         output = self.model(**self._inputs(ids_NT, mask_NT))
         if self.pooling == "own":
             return output.logits.float()  # type: ignore[no-any-return]
         return _pool(output.last_hidden_state.float(), mask_NT, self.pooling)
+
+    def _padded_spans(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        output = self.model(**self._inputs(ids_NT, mask_NT), output_hidden_states=True)
+        num_layers = len(output.hidden_states) - 1
+        states = [output.hidden_states[0], output.hidden_states[num_layers // 2], output.last_hidden_state]
+        rows = enumerate(_rows_of_tokens(ids_NT, mask_NT))
+        return torch.stack(
+            [_mean_of_spans([s[n, : len(tokens)] for s in states], last_span(tokens)) for n, tokens in rows]
+        )
 
     def _inputs(self, ids_NT: Tensor, mask_NT: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids_NT, "attention_mask": mask_NT, **self._extra_inputs}
@@ -388,6 +424,21 @@ def _pool(hidden_NTD: Tensor, mask_NT: Tensor, pooling: str) -> Tensor:
         last_N = mask_NT.sum(1) - 1
         return hidden_NTD[torch.arange(len(last_N), device=last_N.device), last_N]
     return hidden_NTD[:, 0]
+
+
+def last_span(tokens: Tokens) -> slice:
+    """What stands between the last token, which ends a text, and its occurrence before that: the response in a joined
+    pair; all behind the first token where there is no other. An empty response is its ending."""
+    end = len(tokens) - 1
+    ends = [i for i in range(end) if tokens[i] == tokens[end]]
+    start = ends[-1] + 1 if ends else min(1, end)
+    return slice(start, end) if start < end else slice(end, end + 1)
+
+
+def _mean_of_spans(states: list[Tensor], span: slice) -> Tensor:
+    """Of one text, from its tokens' states before the first layer, after half of them and after the last."""
+    first_TD, middle_TD, last_TD = (s.float() for s in states)
+    return torch.cat([last_TD.mean(0), last_TD[span].mean(0), middle_TD[span].mean(0), first_TD[span].mean(0)])
 
 
 def _rows_of_tokens(ids_NT: Tensor, mask_NT: Tensor) -> list[tuple[int, ...]]:

@@ -23,14 +23,16 @@ Experts = TypeVar("Experts", bound=nn.Module)
 
 class RewardHead(nn.Module):
     """`linear`: Linear(D, 1), the layer of a `*ForSequenceClassification`; `mlp`: one hidden layer more, for frozen
-    vectors that a linear map reads badly. Always float32: bf16 rewards have too few digits to be subtracted."""
+    vectors that a linear map reads badly, as wide as they are or `width`. Always float32: bf16 rewards have too few
+    digits to be subtracted."""
 
-    def __init__(self, size: int, kind: str = "linear") -> None:
+    def __init__(self, size: int, kind: str = "linear", width: int | None = None) -> None:
         super().__init__()
-        last = nn.Linear(size, 1)
+        width = size if kind == "linear" or width is None else width
+        last = nn.Linear(width, 1)
         nn.init.normal_(last.weight, std=0.02)
         nn.init.zeros_(last.bias)
-        hidden = [nn.Linear(size, size), nn.GELU(), nn.Dropout(0.1)] if kind == "mlp" else []
+        hidden = [nn.Linear(size, width), nn.GELU(), nn.Dropout(0.1)] if kind == "mlp" else []
         self.layers = nn.Sequential(*hidden, last)
 
     @property
@@ -140,8 +142,7 @@ class AdapterExperts(nn.Module):
         self.standardize = nn.ModuleDict({name: Standardize() for name in heads})
 
     def forward(self, batch: Batch, expert_N: Tensor) -> Tensor:
-        adapter_N = None if self.backbone.bank is None else expert_N
-        hidden_ND = self.backbone(batch.ids_NT, batch.mask_NT, adapter_N)
+        hidden_ND = self.read(batch, expert_N)
         reward_N: Tensor = hidden_ND.new_zeros(len(expert_N))
         for e, (name, head) in enumerate(self.heads.items()):
             index = (expert_N == e).nonzero().squeeze(-1)
@@ -160,6 +161,11 @@ class AdapterExperts(nn.Module):
         row_M = torch.arange(num_rows, device=batch.ids_NT.device).repeat_interleave(num_experts)
         expert_M = torch.arange(num_experts, device=batch.ids_NT.device).repeat(num_rows)
         return self(batch.rows(row_M), expert_M).view(num_rows, num_experts)  # type: ignore[no-any-return]
+
+    def read(self, batch: Batch, expert_N: Tensor) -> Tensor:
+        """What the heads see of each row."""
+        adapter_N = None if self.backbone.bank is None else expert_N
+        return self.backbone(batch.ids_NT, batch.mask_NT, adapter_N)  # type: ignore[no-any-return]
 
     def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
         """Head, zero and unit by the name of the adapter they belong to: what can stand alone as a PEFT adapter. One

@@ -201,9 +201,9 @@ class System(nn.Module):
         return self.num_parameters()
 
 
-class RoutedSystem(System):
-    """What RODOS and ARLISS share: a router that reads the prompt, one expert per domain, a stage for each. Only here
-    oracle and random routers, and `extend`, have a meaning.
+class GatedSystem(System):
+    """An expert per domain behind a router that reads the prompt. Only here oracle and random routers, and `extend`,
+    have a meaning.
 
     Subclasses set `self.routed` and say, by expert name, what each stage may move and what standardises it.
     """
@@ -238,9 +238,9 @@ class RoutedSystem(System):
     def standardizer(self, name: str) -> Standardize:
         raise NotImplementedError
 
-    def stages(self, pairwise: Objective) -> list[Stage]:
-        experts = [self.expert_stage(domain, pairwise) for domain in self.domains]
-        return [*experts, self.router_stage()]
+    def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
+        """What a domain that comes later takes: its expert, and the router again. No old expert may move."""
+        return [self.expert_stage(domain, pairwise), self.router_stage()]
 
     def expert_stage(self, domain: str, pairwise: Objective) -> Stage:
         index = self.domains.index(domain)
@@ -258,6 +258,14 @@ class RoutedSystem(System):
         return Stage(
             name="router", module=self.routed.router, learn=tuple(self.router_parameters()), objective=DomainLoss()
         )
+
+
+class RoutedSystem(GatedSystem):
+    """What RODOS and ARLISS share: experts that have nothing in common but a frozen backbone, a stage for each."""
+
+    def stages(self, pairwise: Objective) -> list[Stage]:
+        experts = [self.expert_stage(domain, pairwise) for domain in self.domains]
+        return [*experts, self.router_stage()]
 
 
 def expert_names(domains: Sequence[str]) -> tuple[str, ...]:
@@ -294,6 +302,8 @@ def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequenc
     """Bring the backbone into the state that `tune` names: with adapters, with kept features, or as it is.
 
     An adapter's start follows torch's seed and its own name, not the order of creation."""
+    if backbone.pooling == "spans" and config.tune != "frozen":
+        raise ConfigError(f"pooling: 'spans' is read from a frozen backbone; use tune=frozen (got tune={config.tune})")
     if config.tune == "lora":
         assert isinstance(config, LoRAConfig)
         bank = LoRABank(

@@ -19,7 +19,7 @@ from moreward.items import as_text
 from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
 from moreward.scoring import Scorer, load
-from moreward.systems._base import RoutedSystem, expert_names
+from moreward.systems._base import GatedSystem, expert_names
 from moreward.train.runner import Pairs, Work, make_encoder, open_run, read_pairs
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference
@@ -68,7 +68,7 @@ def extend(
     card = before.card
     old = RunConfig.model_validate(card["config"])
     recipe = find_recipe(old.recipe)
-    if not issubclass(recipe, RoutedSystem):
+    if not issubclass(recipe, GatedSystem):
         raise ConfigError(f"recipe {old.recipe!r} has no expert per domain, so it cannot be extended: train it again")
     if not domain.strip():
         raise ConfigError("--domain: is empty; give the new domain a name")
@@ -82,9 +82,8 @@ def extend(
     pairs = _with_addition(old_pairs, old, additions[-1])
     with open_run(config):
         work = _work(before, config, [*card["domains"], domain], pairs, reporter or Silent())
-        assert isinstance(work.system, RoutedSystem)
-        stages = [work.system.expert_stage(domain, work.pairwise), work.system.router_stage()]
-        reports = work.fit(stages)
+        assert isinstance(work.system, GatedSystem)
+        reports = work.fit(work.system.new_domain_stages(domain, work.pairwise))
         work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
     new_val = [p for p in pairs.val if p.domain == domain and p.token_ids is None]
