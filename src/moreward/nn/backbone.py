@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moreward.errors import BackboneError, MissingExtraError
 from moreward.nn.adapted import Kept, StreamLinear
 from moreward.nn.families import Family, find_family
+from moreward.nn.features import FeatureScale
 from moreward.nn.linear import speed_up
 from moreward.nn.packing import Stream, Tokens, pack
 from moreward.nn.threads import settle_threads
@@ -113,9 +114,10 @@ class Backbone(nn.Module):
     - `own`: what the architecture's `*ForSequenceClassification` feeds to its last linear layer (BERT's and
       DeBERTa's pooler, RoBERTa's and ModernBERT's head), so that an expert's head is that layer;
     - `mean`, `first`, `last`: over the real tokens by the mask, never by looking for the pad id;
-    - `spans`: four means side by side (`hidden_size` is four times the transformer's): of all tokens after the last
-      layer, and of the last span's (the response's, where tokenizers join pairs) after the last layer, after half of
-      the layers and before the first. For encoders, with frozen weights;
+    - `spans`: four means side by side: of all tokens after the last layer, and of the last span's (the response's,
+      where tokenizers join pairs) after the last layer, after half of the layers and before the first; then the
+      logarithm of the last span's length. `hidden_size` is four times the transformer's and one; training scales each
+      number to zero mean and unit variance (`scale`). For encoders, with frozen weights;
     - `auto`: `last` for decoders; for encoders `mean` where the directory is a sentence-transformer that pools so,
       else `own`.
 
@@ -124,6 +126,7 @@ class Backbone(nn.Module):
     """
 
     model: nn.Module
+    scale: FeatureScale | None
     bank: LoRABank | None
     family: Family | None
     store: FeatureStore | None
@@ -142,7 +145,11 @@ class Backbone(nn.Module):
         self.name = name
         self.is_decoder = last == "score"
         self.pooling = self._choose_pooling(pooling)
-        self.hidden_size *= NUM_SPANS if self.pooling == "spans" else 1
+        self.width = self.hidden_size
+        self.scale = None
+        if self.pooling == "spans":
+            self.hidden_size = NUM_SPANS * self.width + 1
+            self.scale = FeatureScale(self.hidden_size)
         self.pretrained: frozenset[str] = frozenset()
         self.bank = None
         self.store = None
@@ -261,11 +268,13 @@ class Backbone(nn.Module):
         """`hidden_ND` in float32. `adapter_N` names the adapter of each row: an index into the bank's names, -1 for
         none. Every row has at least one token."""
         if self.store is not None and adapter_N is None:
-            return self.store.hidden(self, ids_NT, mask_NT)
-        return self.encode(ids_NT, mask_NT, adapter_N)
+            hidden_ND = self.store.hidden(self, ids_NT, mask_NT)
+        else:
+            hidden_ND = self.encode(ids_NT, mask_NT, adapter_N)
+        return hidden_ND if self.scale is None else self.scale(hidden_ND)
 
     def encode(self, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None = None) -> Tensor:
-        """As `forward`, always computed."""
+        """As `forward`, always computed, and not scaled."""
         ids_NT, mask_NT = align_left(ids_NT, mask_NT)
         if self.bank is None:
             adapter_N = None
@@ -342,7 +351,7 @@ class Backbone(nn.Module):
         states.append(family.final(x_TD))
         return torch.stack(
             [
-                _mean_of_spans([s[start : start + len(segment.tokens)] for s in states], last_span(segment.tokens))
+                _told_by_spans([s[start : start + len(segment.tokens)] for s in states], last_span(segment.tokens))
                 for start, segment in zip(stream.starts, stream.segments, strict=True)
             ]
         )
@@ -404,7 +413,7 @@ class Backbone(nn.Module):
         states = [output.hidden_states[0], output.hidden_states[num_layers // 2], output.last_hidden_state]
         rows = enumerate(_rows_of_tokens(ids_NT, mask_NT))
         return torch.stack(
-            [_mean_of_spans([s[n, : len(tokens)] for s in states], last_span(tokens)) for n, tokens in rows]
+            [_told_by_spans([s[n, : len(tokens)] for s in states], last_span(tokens)) for n, tokens in rows]
         )
 
     def _inputs(self, ids_NT: Tensor, mask_NT: Tensor) -> dict[str, Any]:
@@ -435,10 +444,12 @@ def last_span(tokens: Tokens) -> slice:
     return slice(start, end) if start < end else slice(end, end + 1)
 
 
-def _mean_of_spans(states: list[Tensor], span: slice) -> Tensor:
+def _told_by_spans(states: list[Tensor], span: slice) -> Tensor:
     """Of one text, from its tokens' states before the first layer, after half of them and after the last."""
     first_TD, middle_TD, last_TD = (s.float() for s in states)
-    return torch.cat([last_TD.mean(0), last_TD[span].mean(0), middle_TD[span].mean(0), first_TD[span].mean(0)])
+    length = last_TD.new_tensor([span.stop - span.start]).log()
+    means = [last_TD.mean(0), *(states_TD[span].mean(0) for states_TD in (last_TD, middle_TD, first_TD))]
+    return torch.cat([*means, length])
 
 
 def _rows_of_tokens(ids_NT: Tensor, mask_NT: Tensor) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from moreward.nn.backbone import Backbone
@@ -31,6 +31,31 @@ Progress = Callable[[int, int], None]
 def cache_folder() -> Path:
     """Where features are kept: `$MOREWARD_CACHE`, else `~/.cache/moreward`."""
     return Path(os.environ.get("MOREWARD_CACHE", Path.home() / ".cache" / "moreward"))
+
+
+class FeatureScale(nn.Module):
+    """Gives each number of a vector zero mean and unit variance over a training set: a head reads little of a number
+    that is small. Until it is fitted it changes nothing."""
+
+    shift_D: Tensor
+    scale_D: Tensor
+    num: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("shift_D", torch.zeros(size))
+        self.register_buffer("scale_D", torch.ones(size))
+        self.register_buffer("num", torch.zeros((), dtype=torch.long))
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        return (hidden_ND - self.shift_D) * self.scale_D
+
+    def fit(self, hidden_ND: Tensor) -> None:
+        """Mean and deviation of N vectors; a number that is the same in all keeps its unit."""
+        std_D, mean_D = torch.std_mean(hidden_ND.double(), dim=0, correction=0)
+        self.shift_D.copy_(mean_D)
+        self.scale_D.copy_(1 / torch.where(std_D > 1e-6, std_D, 1.0))
+        self.num.fill_(len(hidden_ND))
 
 
 class FeatureStore:
@@ -50,7 +75,11 @@ class FeatureStore:
         """`hidden_ND` of the rows, computing those that are not known yet."""
         texts = [ids[mask.bool()].tolist() for ids, mask in zip(ids_NT.cpu(), mask_NT.cpu(), strict=True)]
         self.compute(backbone, texts)
-        return torch.stack([self._vectors[text_digest(text)] for text in texts]).to(ids_NT.device)
+        return self.vectors(texts).to(ids_NT.device)
+
+    def vectors(self, texts: Iterable[list[int]]) -> Tensor:
+        """`hidden_ND` of texts that were computed before."""
+        return torch.stack([self._vectors[text_digest(text)] for text in texts])
 
     def compute(self, backbone: Backbone, texts: Iterable[list[int]], progress: Progress | None = None) -> int:
         """Make sure of the vectors of these token id lists; returns how many were computed."""

@@ -322,6 +322,11 @@ def prepare_backbone(backbone: Backbone, config: SystemConfig, adapters: Sequenc
         backbone.store = FeatureStore()
 
 
+def new_head(backbone: Backbone, config: SystemConfig) -> RewardHead:
+    """Of the kind that the configuration names."""
+    return RewardHead(backbone.hidden_size, config.head_kind, backbone.width)
+
+
 def learnable(backbone: Backbone, config: SystemConfig, adapter: str | None = None) -> list[nn.Parameter]:
     """The backbone's parameters that `tune` lets learn: all, one adapter's, or none."""
     if config.tune == "full":

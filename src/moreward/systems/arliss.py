@@ -25,6 +25,7 @@ from moreward.systems._base import (
     RoutedSystem,
     Stage,
     learnable,
+    new_head,
     prepare_backbone,
 )
 
@@ -62,7 +63,7 @@ class Recipe(RoutedSystem):
         reads_trunk = config.router_reads == "trunk"
         prepare_backbone(backbone, config, adapters=[*self.expert_names, *([] if reads_trunk else [ROUTER])])
         size = backbone.hidden_size
-        heads = {name: RewardHead(size, config.head_kind) for name in self.expert_names}
+        heads = {name: new_head(backbone, config) for name in self.expert_names}
         adapter = len(domains) if backbone.bank is not None and not reads_trunk else None
         gate = TopKRouter(size, len(domains), config.top_k)
         router = PromptRouter(backbone, gate, adapter, reads_trunk=reads_trunk)

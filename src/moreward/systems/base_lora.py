@@ -20,6 +20,7 @@ from moreward.systems._base import (
     Stage,
     System,
     learnable,
+    new_head,
     prepare_backbone,
 )
 from moreward.types import Batch, Rewards
@@ -39,7 +40,7 @@ class Recipe(System):
     def __init__(self, config: LoRAConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__(config, backbone, domains)
         prepare_backbone(backbone, config, adapters=[SHARED])
-        heads = {SHARED: RewardHead(backbone.hidden_size, config.head_kind)}
+        heads = {SHARED: new_head(backbone, config)}
         self.expert = OneExpert(AdapterExperts(backbone, heads), index=0)
 
     def forward(self, batch: Batch) -> Rewards:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from moreward.nn.backbone import Backbone
-from moreward.nn.experts import RewardHead, SoloExpert
+from moreward.nn.experts import SoloExpert
 from moreward.nn.losses import Objective
-from moreward.systems._base import Stage, System, SystemConfig, learnable, prepare_backbone
+from moreward.systems._base import Stage, System, SystemConfig, learnable, new_head, prepare_backbone
 from moreward.types import Batch, Rewards
 
 
@@ -22,7 +22,7 @@ class Recipe(System):
     def __init__(self, config: SystemConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__(config, backbone, domains)
         prepare_backbone(backbone, config, adapters=())
-        self.expert = SoloExpert(backbone, RewardHead(backbone.hidden_size, config.head_kind))
+        self.expert = SoloExpert(backbone, new_head(backbone, config))
 
     def forward(self, batch: Batch) -> Rewards:
         return self.expert(batch)  # type: ignore[no-any-return]

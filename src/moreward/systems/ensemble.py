@@ -28,7 +28,7 @@ from moreward.nn.experts import (
 )
 from moreward.nn.losses import Objective
 from moreward.registry import find_recipe
-from moreward.systems._base import LoRAConfig, Presets, Stage, System, learnable, own_copy, prepare_backbone
+from moreward.systems._base import LoRAConfig, Presets, Stage, System, learnable, new_head, own_copy, prepare_backbone
 from moreward.types import Batch, Rewards, Routing
 
 
@@ -86,7 +86,7 @@ class Recipe(System):
         if config.runs:
             return SeparateExperts({n: _built(run, backbone) for n, run in zip(self.names, config.runs, strict=True)})
         prepare_backbone(backbone, config, adapters=self.names)
-        heads = {name: RewardHead(backbone.hidden_size, config.head_kind) for name in self.names}
+        heads = {name: new_head(backbone, config) for name in self.names}
         if config.tune != "full":
             return AdapterExperts(backbone, heads)
         return SeparateExperts({name: SoloExpert(own_copy(backbone, "full"), head) for name, head in heads.items()})

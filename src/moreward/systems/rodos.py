@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from moreward.nn.backbone import Backbone
-from moreward.nn.experts import RewardHead, SeparateExperts, SoloExpert, Standardize
+from moreward.nn.experts import SeparateExperts, SoloExpert, Standardize
 from moreward.nn.mixture import Routed
 from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.systems._base import (
@@ -18,6 +18,7 @@ from moreward.systems._base import (
     RoutedSystem,
     SystemConfig,
     learnable,
+    new_head,
     own_copy,
     prepare_backbone,
 )
@@ -43,7 +44,7 @@ class Recipe(RoutedSystem):
         size = backbone.hidden_size
         experts = SeparateExperts(
             {
-                name: SoloExpert(own_copy(backbone, config.tune), RewardHead(size, config.head_kind))
+                name: SoloExpert(own_copy(backbone, config.tune), new_head(backbone, config))
                 for name in self.expert_names
             }
         )

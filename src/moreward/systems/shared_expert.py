@@ -20,7 +20,16 @@ from moreward.nn.experts import AdapterExperts, OneExpert, OwnExperts, RewardHea
 from moreward.nn.losses import Objective
 from moreward.nn.mixture import Routed
 from moreward.nn.routers import PromptRouter, TopKRouter
-from moreward.systems._base import ROUTER, GatedSystem, LoRAConfig, Presets, Stage, learnable, prepare_backbone
+from moreward.systems._base import (
+    ROUTER,
+    GatedSystem,
+    LoRAConfig,
+    Presets,
+    Stage,
+    learnable,
+    new_head,
+    prepare_backbone,
+)
 from moreward.types import Batch, Rewards, Routing
 
 SHARED = "@shared"
@@ -35,7 +44,6 @@ DEFAULT_RIDGE = 1e-1
 class SharedExpertConfig(LoRAConfig):
     top_k: int | None = Field(None, ge=1, description="own experts added per prompt; unset: all, each by its weight")
     own_head: Literal["linear", "mlp"] = Field("linear", description="of the own experts; the shared one has `head`")
-    length: bool = Field(True, description="frozen: experts also see the logarithm of the response's length")
     shrink: bool = Field(True, description="let held-out pairs say how much of each own expert is added")
 
     @property
@@ -44,38 +52,11 @@ class SharedExpertConfig(LoRAConfig):
         return self.tune == "frozen" and self.own_head == "linear"
 
 
-class Parts(AdapterExperts):
-    """The own experts and then the shared one. On a frozen backbone their heads see its vector and the length, each
-    number with zero mean and unit variance over the training pairs: heads read nothing of a number that is small."""
-
-    def __init__(self, backbone: Backbone, heads: Mapping[str, RewardHead], *, scales: bool, length: bool) -> None:
-        super().__init__(backbone, heads)
-        self.scales, self.length = scales, length
-        if scales:
-            size = backbone.hidden_size + length
-            self.shift_D, self.scale_D = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.ones(size))
-
-    def read(self, batch: Batch, expert_N: Tensor) -> Tensor:
-        x_ND = self.unscaled(batch, expert_N)
-        return (x_ND - self.shift_D) * self.scale_D if self.scales else x_ND
-
-    def unscaled(self, batch: Batch, expert_N: Tensor | None = None) -> Tensor:
-        hidden_ND = super().read(batch, expert_N)  # type: ignore[arg-type]
-        return torch.cat([hidden_ND, log_length(batch)[:, None]], 1) if self.length else hidden_ND
-
-
-def log_length(batch: Batch) -> Tensor:
-    """The logarithm of the tokens behind the prompt; of all, where the prompt was cut."""
-    total_N = batch.mask_NT.sum(1)
-    behind_N = total_N - batch.prompt_mask_PT.sum(1)[batch.prompt_of_N]
-    return torch.where(behind_N > 0, behind_N, total_N).float().log()
-
-
 class SharedAndOwn(nn.Module):
     """Expert e is the shared expert plus `share_E[e]` of own expert e: both in one pass, each row twice. The rewards
     are raw."""
 
-    def __init__(self, parts: Parts, num_own: int) -> None:
+    def __init__(self, parts: AdapterExperts, num_own: int) -> None:
         super().__init__()
         self.parts = parts
         self.num_own = num_own
@@ -98,7 +79,7 @@ class Recipe(GatedSystem):
     in a layer; dense soft gates over LoRA experts are LoRAMoE's (arXiv 2312.09979). Here the experts are reward models
     and an own expert learns what the shared one gets wrong. Stages: the shared expert on all pairs; all own experts
     in one pass over mixed batches, each on its domain's; the router; the shares, on held-out pairs. On a frozen
-    backbone a stage `inputs` comes first, and linear own experts are solved for.
+    backbone linear own experts are solved for instead, one after the other.
     """
 
     Config = SharedExpertConfig
@@ -111,14 +92,11 @@ class Recipe(GatedSystem):
         super().__init__(config, backbone, domains)
         # Adapter e and part e are the same number: the own experts, the shared one; the router has no part.
         prepare_backbone(backbone, config, adapters=[*self.expert_names, SHARED, ROUTER])
-        frozen, num_own = config.tune == "frozen", len(domains)
-        length = frozen and config.length
-        size, width = backbone.hidden_size + length, int(backbone.config.hidden_size)
-        own = {name: RewardHead(size, config.own_head, width) for name in self.expert_names}
+        num_own = len(domains)
+        own = {n: RewardHead(backbone.hidden_size, config.own_head, backbone.width) for n in self.expert_names}
         for head in own.values():
             nn.init.zeros_(head.last.weight)  # adding an expert that has learned nothing changes no reward
-        heads = {**own, SHARED: RewardHead(size, config.head_kind, width)}
-        parts = Parts(backbone, heads, scales=frozen, length=length)
+        parts = AdapterExperts(backbone, {**own, SHARED: new_head(backbone, config)})
         gate = TopKRouter(backbone.hidden_size, num_own, config.top_k or num_own)
         router = PromptRouter(backbone, gate, num_own + 1 if backbone.bank is not None else None)
         self.routed = Routed(router, SharedAndOwn(parts, num_own))
@@ -147,10 +125,8 @@ class Recipe(GatedSystem):
         return [*learnable(router.backbone, self.config, ROUTER), *router.router.parameters()]
 
     def stages(self, pairwise: Objective) -> list[Stage]:
-        inputs = [self._inputs_stage(pairwise)] if self.config.tune == "frozen" else []
         solved = [self.expert_stage(domain, pairwise) for domain in self.domains]
         return [
-            *inputs,
             self._shared_stage(pairwise),
             *(solved if self.config.solves else [self._own_stage(pairwise)]),
             self.router_stage(),
@@ -165,11 +141,6 @@ class Recipe(GatedSystem):
         stage = replace(super().expert_stage(domain, pairwise), standardize=None)
         solve = partial(solve_own, self.routed.experts, self.domains.index(domain))
         return replace(stage, solve=solve) if self.config.solves else stage
-
-    def _inputs_stage(self, pairwise: Objective) -> Stage:
-        parts = self.routed.experts.parts
-        learn = (parts.shift_D, parts.scale_D)
-        return Stage(name="inputs", module=self, learn=learn, objective=pairwise, solve=partial(fit_inputs, parts))
 
     def _shared_stage(self, pairwise: Objective) -> Stage:
         parts = self.routed.experts.parts
@@ -205,15 +176,6 @@ class Recipe(GatedSystem):
         return self.num_parameters() - sum(p.numel() for p in idle)
 
 
-def fit_inputs(parts: Parts, train: Iterable[Batch], _: Iterable[Batch]) -> Mapping[str, Any]:
-    """Mean and standard deviation of what the heads see, over all training conversations; constants keep their unit."""
-    x_ND = torch.cat([parts.unscaled(batch).double() for batch in train])
-    std_D = x_ND.std(0, correction=0)
-    parts.shift_D.copy_(x_ND.mean(0))
-    parts.scale_D.copy_(1 / torch.where(std_D > 1e-6, std_D, 1.0))
-    return {"conversations": len(x_ND)}
-
-
 @dataclass(frozen=True)
 class Residuals:
     """What an own expert is fitted on: B pairs as differences of inputs, beside what the shared expert says already."""
@@ -242,13 +204,13 @@ def solve_own(
     return {"ridge": best, "pairs": len(learned.x_BD)}
 
 
-def residuals(parts: Parts, shared: int, batches: Iterable[Batch]) -> Residuals | None:
+def residuals(parts: AdapterExperts, shared: int, batches: Iterable[Batch]) -> Residuals | None:
     """Of pairs; None where there are none."""
     rows = [_residuals(parts, shared, batch) for batch in batches]
     return Residuals(*(torch.cat(column) for column in zip(*rows, strict=True))) if rows else None
 
 
-def _residuals(parts: Parts, shared: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _residuals(parts: AdapterExperts, shared: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     num_pairs = len(batch) // 2
     shared_N = batch.domain_N.new_full((len(batch),), shared)
     x_ND, reward_N = parts.read(batch, shared_N), parts(batch, shared_N)

@@ -387,13 +387,17 @@ class Work:
         store = feature_store(self.config.backbone, backbone)
         for one in self.system.backbones():
             one.store = store
-        texts = [list(e.ids) for p in (*self.train.pairs, *self.val.pairs) for e in (p.chosen, p.rejected)]
+        learned = [list(e.ids) for p in self.train.pairs for e in (p.chosen, p.rejected)]
+        texts = [*learned, *(list(e.ids) for p in self.val.pairs for e in (p.chosen, p.rejected))]
         texts += [list(row.encoded.ids) for rows in self.rated for row in rows]
         texts += [list(ids) for ids in {p.chosen.prompt_ids for p in (*self.train.pairs, *self.val.pairs)}]
         self.reporter.start("features", len(texts))
         store.compute(backbone, texts, progress=lambda done, _: self.reporter.step(done))
         self.reporter.finish()
         store.save()
+        for one in self.system.backbones():
+            if one.scale is not None and not one.scale.num:  # an extended run keeps the scale it has
+                one.scale.fit(store.vectors(learned))
 
     def _hashes(self) -> dict[str, str]:
         flat = {k: v for k, v in self.config.flat().items() if k not in NOT_OF_THE_RESULT}
