@@ -123,9 +123,7 @@ class Family:
         self.encoder: Encoder = encoder
         scales = [one.scale for system in self.systems for one in system.backbones() if one.scale is not None]
         if any(not torch.equal(one.scale_D, scales[0].scale_D) for one in scales):
-            raise ConfigError(
-                [WHY, "pooling: spans: they were trained on other pairs, which scaled their inputs"]
-            )
+            raise ConfigError([WHY, "pooling: spans: they were trained on other pairs, which scaled their inputs"])
 
     @property
     def full_rank(self) -> int | None:
