@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moreward.cli_label import EPILOG, label
+from moreward.cli_serve import serve
 from moreward.errors import MorewardError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at preference data; make labels of capabilities.", no_args_is_help=True)
 data_app.command("label", epilog=EPILOG)(label)
 app.add_typer(data_app, name="data")
+app.command()(serve)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
 Data = Annotated[

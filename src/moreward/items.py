@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from moreward.errors import DataError
-from moreward.types import Conversation, Text
+from moreward.types import Conversation, Rendered, Text
 
-Item: TypeAlias = "Conversation | Mapping[str, Any] | tuple[Text, Text]"
+Item: TypeAlias = "Conversation | Rendered | Mapping[str, Any] | tuple[Text, Text]"
 ITEM_KEYS = ("prompt", "response", "id", "domain", "tools", "chat_template_kwargs", "meta")
 
 
@@ -27,8 +27,10 @@ def as_text(value: Any) -> Text:
     return tuple(value)
 
 
-def as_conversation(item: Item, index: int) -> Conversation:
+def as_conversation(item: Item, index: int) -> Conversation | Rendered:
     """Accept what users have at hand. DataError names the item."""
+    if isinstance(item, Rendered):
+        return item
     try:
         conversation = _converted(item)
         given = (conversation.prompt, conversation.response, conversation.tools, conversation.chat_template_kwargs)
@@ -40,7 +42,7 @@ def as_conversation(item: Item, index: int) -> Conversation:
     return conversation
 
 
-def _converted(item: Item) -> Conversation:
+def _converted(item: Conversation | Mapping[str, Any] | tuple[Text, Text]) -> Conversation:
     if isinstance(item, Conversation):
         return item
     if isinstance(item, tuple):

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moreward.calibration import EVERYONE, Calibration, how_to_get_it, read_calibration, sigmoid
 from moreward.data.batches import Encoded, Encoder, conversation_batch, side
-from moreward.errors import AbstainedError, ConfigError, DataError, NonFiniteError, RunError
+from moreward.errors import AbstainedError, ConfigError, DataError, MorewardError, NonFiniteError, RunError
 from moreward.items import Item, as_conversation, as_text
 from moreward.nn.experts import Standardize
 from moreward.nn.features import FeatureStore
@@ -27,6 +27,7 @@ from moreward.types import (
     Batch,
     Conversation,
     Preference,
+    Rendered,
     Reward,
     Rewards,
     RoutedReward,
@@ -230,19 +231,53 @@ class Scorer:
         return found
 
     def score(
-        self, items: Sequence[Item], *, explain: bool = False, uncertainty: bool = False, on_long: str | None = None
+        self,
+        items: Sequence[Item],
+        *,
+        explain: bool = False,
+        uncertainty: bool = False,
+        on_long: str | None = None,
+        expert: str = "",
     ) -> list[Reward]:
         """One Reward per item, in order. `explain` adds every expert's standardised reward; `uncertainty` what speaks
         against trusting it, which asks every expert and reads the prompt once more. RunError where the latter was
-        never fitted."""
+        never fitted. `expert` names the one that judges, whatever the router says."""
+        told = self.score_each(items, explain=explain, uncertainty=uncertainty, on_long=on_long, expert=expert)
+        for one in told:
+            if isinstance(one, MorewardError):
+                raise one
+        return cast(list[Reward], told)
+
+    def score_each(
+        self,
+        items: Sequence[Item],
+        *,
+        explain: bool = False,
+        uncertainty: bool = False,
+        on_long: str | None = None,
+        expert: str = "",
+    ) -> list[Reward | MorewardError]:
+        """As `score`, but an item that gets no reward gets the reason in its place, and the others their rewards."""
         if uncertainty:
             self.calibration()
+        if expert:
+            self.expert_number(expert)
         cautious = uncertainty or self.caution.is_needed
-        rewards = self._plain(items, explain=explain, uncertain=cautious, on_long=on_long)
+        told = self._plain_each(items, explain=explain, uncertain=cautious, on_long=on_long, expert=expert)
         if not cautious:
-            return rewards
-        rewards = [self.caution.applied(reward) for reward in rewards]
-        return rewards if uncertainty else [replace(reward, uncertainty=None) for reward in rewards]
+            return told
+        told = [self.caution.applied(one) if isinstance(one, Reward) else one for one in told]
+        if uncertainty:
+            return told
+        return [replace(one, uncertainty=None) if isinstance(one, Reward) else one for one in told]
+
+    def expert_number(self, name: str) -> int:
+        """Its place among `experts`. ConfigError where no expert of this name can be asked alone."""
+        if not isinstance(self.system, GatedSystem):
+            raise ConfigError(f"expert: this run ({self.card['recipe']}) has no experts that can be asked one by one")
+        if name not in self.experts:
+            raise ConfigError(f"expert: {name!r} is not there. The run has: {', '.join(self.experts)}.")
+        return self.experts.index(name)
 
     def probabilities(self, pairs: Sequence[Preference | tuple[Text, Text, Text]]) -> list[float]:
         """Calibrated probability that the first response of each pair, (prompt, first, second) or a Preference, is the
@@ -259,22 +294,57 @@ class Scorer:
         rewards = self._plain(items)
         return [_probability(a, b, calibration) for a, b in zip(rewards[::2], rewards[1::2], strict=True)]
 
-    def _plain(
-        self, items: Sequence[Item], *, explain: bool = False, uncertain: bool = False, on_long: str | None = None
-    ) -> list[Reward]:
-        """Rewards before any caution."""
-        conversations = [as_conversation(item, i) for i, item in enumerate(items)]
-        encoded = self._encode(conversations, on_long or self.on_long)
+    def _plain(self, items: Sequence[Item], *, on_long: str | None = None) -> list[Reward]:
+        """Rewards before any caution. Raises what an item gets in place of its reward."""
+        told = self._plain_each(items, on_long=on_long)
+        for one in told:
+            if isinstance(one, MorewardError):
+                raise one
+        return cast(list[Reward], told)
+
+    def _plain_each(
+        self,
+        items: Sequence[Item],
+        *,
+        explain: bool = False,
+        uncertain: bool = False,
+        on_long: str | None = None,
+        expert: str = "",
+    ) -> list[Reward | MorewardError]:
+        """Rewards before any caution, or the reason why there is none."""
+        told: dict[int, Reward | MorewardError] = {}
+        known: dict[int, tuple[Conversation | Rendered, Encoded]] = {}
+        for i, item in enumerate(items):
+            try:
+                conversation = as_conversation(item, i)
+                known[i] = (conversation, self._encode_one(conversation, i, on_long or self.on_long))
+            except DataError as error:
+                told[i] = error
         # Equal texts are computed once: two rows of one batch could differ in the last bit.
         first_with: dict[Encoded, int] = {}
-        firsts = [first_with.setdefault(e, i) for i, e in enumerate(encoded)]
+        firsts = {i: first_with.setdefault(encoded, i) for i, (_, encoded) in known.items()}
         once = sorted(first_with.values())
-        found: dict[int, Reward] = {}
         routes: Routes = {}
-        for rows, batch in self._batches([conversations[i] for i in once], [encoded[i] for i in once]):
-            rewards = self._rewards(batch, routes, explain, uncertain)
+        found: dict[int, Reward | MorewardError] = {}
+        for rows, batch in self._batches([known[i][0] for i in once], [known[i][1] for i in once]):
+            rewards = self._rewards_each(batch, routes, explain, uncertain, expert)
             found |= {once[row]: reward for row, reward in zip(rows, rewards, strict=True)}
-        return [_named(found[first], item.id, e) for first, item, e in zip(firsts, conversations, encoded, strict=True)]
+        for i, (conversation, encoded) in known.items():
+            one = found[firsts[i]]
+            told[i] = _named(one, conversation.id, encoded) if isinstance(one, Reward) else one
+        return [told[i] for i in range(len(items))]
+
+    def _rewards_each(
+        self, batch: Batch, routes: Routes, explain: bool, uncertain: bool, expert: str
+    ) -> Sequence[Reward | MorewardError]:
+        """Of a batch; where a reward is not finite, row by row, so that the other rows get theirs."""
+        try:
+            return self._rewards(batch, routes, explain, uncertain, expert)
+        except NonFiniteError as error:
+            if len(batch) == 1:
+                return [error]
+            alone = [batch.rows(torch.tensor([n], device=self.device)) for n in range(len(batch))]
+            return [self._rewards_each(one, routes, explain, uncertain, expert)[0] for one in alone]
 
     def batch(self, items: Sequence[Item]) -> Batch:
         """Items as one batch of tokens, for those who call `system` itself; limits as in `score`."""
@@ -383,23 +453,25 @@ class Scorer:
         rounding = [RAW_TOLERANCE * max(1.0, abs(float(one.mean))) / float(one.std) for one in used]
         return max([GOLDEN_TOLERANCE, *rounding])
 
-    def _encode(self, items: Sequence[Conversation], on_long: str) -> list[Encoded]:
-        encoded = []
-        for i, item in enumerate(items):
-            try:
-                e = self.encoder.conversation(item)
-            except DataError as error:
-                raise DataError(f"items[{i}]: {error}") from error
-            encoded.append(e)
-            if e.truncated and on_long != "truncate":
-                name = f"items[{i}] ({item.id})" if item.id else f"items[{i}]"
-                raise DataError(
-                    f"{name}: {len(e.ids) + e.num_dropped} tokens, the limit is "
-                    f"{self.encoder.max_length}. Shorten it, or allow truncation (on_long='truncate', --truncate)."
-                )
+    def _encode(self, items: Sequence[Conversation | Rendered], on_long: str) -> list[Encoded]:
+        return [self._encode_one(item, i, on_long) for i, item in enumerate(items)]
+
+    def _encode_one(self, item: Conversation | Rendered, i: int, on_long: str) -> Encoded:
+        try:
+            encoded = self.encoder.conversation(item)
+        except DataError as error:
+            raise DataError(f"items[{i}]: {error}") from error
+        if encoded.truncated and on_long != "truncate":
+            name = f"items[{i}] ({item.id})" if item.id else f"items[{i}]"
+            raise DataError(
+                f"{name}: {len(encoded.ids) + encoded.num_dropped} tokens, the limit is "
+                f"{self.encoder.max_length}. Shorten it, or allow truncation (on_long='truncate', --truncate)."
+            )
         return encoded
 
-    def _batches(self, items: Sequence[Conversation], encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Batch]]:
+    def _batches(
+        self, items: Sequence[Conversation | Rendered], encoded: Sequence[Encoded]
+    ) -> Iterator[tuple[list[int], Batch]]:
         """Rows for one forward each, up to a number of tokens: in order of arrival where nothing is padded, else rows
         of similar length together."""
         domain_of = {name: i for i, name in enumerate(self.domains)}
@@ -431,10 +503,18 @@ class Scorer:
             routes |= {prompts[p]: routing.rows(torch.tensor([i])) for i, p in enumerate(new)}
         return concatenated([routes[prompt] for prompt in prompts]).rows(batch.prompt_of_N)
 
+    def _sent_to(self, expert: str, routing: Routing) -> Routing:
+        """The whole weight on one expert; the router's logits stay, for what it would have said."""
+        experts_N1 = torch.full_like(routing.experts_NK[:, :1], self.expert_number(expert))
+        return replace(routing, experts_NK=experts_N1, weights_NK=torch.ones_like(routing.weights_NK[:, :1]))
+
     @torch.no_grad()
-    def _rewards(self, batch: Batch, routes: Routes, explain: bool, uncertain: bool = False) -> list[Reward]:
+    def _rewards(
+        self, batch: Batch, routes: Routes, explain: bool, uncertain: bool = False, expert: str = ""
+    ) -> list[Reward]:
         if isinstance(self.system, GatedSystem):
-            output = self.system(batch, self._routing(batch, routes))
+            routing = self._routing(batch, routes)
+            output = self.system(batch, self._sent_to(expert, routing) if expert else routing)
         else:
             output = self.system(batch)
         _refuse_non_finite(output.reward_N)
@@ -520,6 +600,9 @@ class Scorer:
         elif explain and output.expert_reward_NK is not None and output.expert_reward_NK.shape[1] == len(self.experts):
             # All were used, so all have spoken.
             everyone = output.expert_reward_NK.gather(1, output.routing.experts_NK.argsort(1)).tolist()
+        entropies: list[float | None] = [None] * len(values)
+        if len(self.experts) > 1:
+            entropies = list(router_entropy(output.routing.logits_NE).tolist())
         if explain:
             parts = {name: part_N.tolist() for name, part_N in self.system.parts(batch).items()}
         return [
@@ -529,9 +612,10 @@ class Scorer:
                 weights={self.experts[e]: w for e, w in zip(experts, weights, strict=True)},
                 expert_rewards=dict(zip(self.experts, every, strict=False)),
                 parts={name: part[n] for name, part in parts.items()},
+                router_entropy=entropy,
             )
-            for n, (value, experts, weights, every) in enumerate(
-                zip(values, experts_NK, weights_NK, everyone, strict=True)
+            for n, (value, experts, weights, every, entropy) in enumerate(
+                zip(values, experts_NK, weights_NK, everyone, entropies, strict=True)
             )
         ]
 

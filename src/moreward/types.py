@@ -95,6 +95,22 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A conversation that is the model's input already, as text or as token ids: no template is applied, and special
+    tokens written in the text are special.
+
+    `prompt` is what the text begins with, for routers to read; where it is unknown, or is not how the text begins,
+    they read all of it. `special_tokens`: the tokenizer puts its own around the text.
+    """
+
+    text: str | tuple[int, ...]
+    prompt: str = ""
+    special_tokens: bool = False
+    id: str = ""
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rated:
     """A conversation with absolute ratings in [0, 1] by objective; objectives that nobody rated are not in it.
 
@@ -238,7 +254,8 @@ class Reward:
     `expert` is the one that spoke loudest and `weights` the gate's weight of each expert used; both are empty
     for a system without named experts. `expert_rewards` (every expert, standardised) and `parts` (what each part adds;
     they sum to `reward`) only when explained, `parts` only where the reward is such a sum. `reward` is None only where
-    the scorer was told to abstain; then `abstained` says why. `uncertainty` only when asked for.
+    the scorer was told to abstain; then `abstained` says why. `router_entropy` (0 sure, 1 no idea)
+    where a router chose. `uncertainty` only when asked for.
     """
 
     reward: float | None
@@ -248,6 +265,7 @@ class Reward:
     parts: Mapping[str, float] = field(default_factory=dict)
     uncertainty: Uncertainty | None = None
     abstained: str = ""
+    router_entropy: float | None = None
     num_tokens: int = 0
     truncated: bool = False
     id: str = ""

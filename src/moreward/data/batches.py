@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from moreward.data.audit import PairLengths, TokenizerMarks
 from moreward.data.load import Quarantined
 from moreward.errors import DataError
-from moreward.types import NO_DOMAIN, Batch, Conversation, Message, Preference, Rated, Text
+from moreward.types import NO_DOMAIN, Batch, Conversation, Message, Preference, Rated, Rendered, Text
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +97,10 @@ class Encoder:
         if max_length <= num_frame + 1:
             raise DataError(f"data.max_length: {max_length} leaves no room beside {num_frame} special tokens")
 
-    def conversation(self, item: Conversation) -> Encoded:
+    def conversation(self, item: Conversation | Rendered) -> Encoded:
         """Token ids. DataError where the chat template refuses the turns, tools or arguments of this item."""
+        if isinstance(item, Rendered):
+            return self._as_it_stands(item)
         if not isinstance(item.prompt, str) or not isinstance(item.response, str):
             if self.has_template:
                 return self._templated(item)
@@ -199,6 +201,24 @@ class Encoder:
         a = _find(ids, first, 0)
         eos = self.tokenizer.eos_token_id
         return ids[:a], [], ids[a + len(first) :] or ([] if eos is None else [eos])
+
+    def _as_it_stands(self, item: Rendered) -> Encoded:
+        if not isinstance(item.text, str):
+            if not item.text:
+                raise DataError("no token ids; give at least one")
+            if any(i < 0 for i in item.text):
+                raise DataError(f"token id {min(item.text)} is negative")
+            return self._given(item.text, item.text)
+        options = {"add_special_tokens": item.special_tokens, "verbose": False}
+        ids = list(self.tokenizer(item.text, **options)["input_ids"])
+        num_doubled = 1 if len(ids) > 1 and ids[0] == ids[1] and ids[0] in self._bos_ids else 0
+        ids = ids[num_doubled:]
+        if not ids:
+            raise DataError("the text has no tokens; give at least one")
+        known = item.prompt and item.text.startswith(item.prompt)
+        prompt = list(self.tokenizer(item.prompt, **options)["input_ids"])[num_doubled:] if known else ids
+        bos = [ids[0]] if ids[0] in self._bos_ids else []
+        return self._cut(bos, ids[len(bos) :], [], prompt[len(bos) :])
 
     def _cut(self, prefix: list[int], body: list[int], suffix: list[int], prompt: list[int]) -> Encoded:
         room = self.max_length - len(prefix) - len(suffix)

@@ -1,0 +1,138 @@
+"""A bounded queue in front of the model: jobs of many requests become batches, in order of arrival."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from moreward.serve.faults import Fault, overloaded, unavailable
+from moreward.serve.settings import Limits
+
+Job = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+class Model(Protocol):
+    state: str
+
+    async def wait_ready(self) -> None: ...
+
+    async def score(self, jobs: Sequence[Job]) -> list[Result]: ...
+
+
+@dataclass(eq=False)
+class Waiting:
+    job: Job
+    size: int
+    since: float
+    answer: asyncio.Future[Result]
+
+
+@dataclass(frozen=True)
+class Batched:
+    """What a batch was, for those who measure: seconds that its oldest job waited, and that the model took."""
+
+    num_items: int
+    num_tokens: int
+    waited: float
+    took: float
+
+
+@dataclass(eq=False)
+class Queue:
+    """`told` is called after each batch."""
+
+    model: Model
+    limits: Limits
+    told: Callable[[Batched], None] = lambda batched: None
+    num_tokens: int = 0
+    closed: bool = False
+    _waiting: deque[Waiting] = field(default_factory=deque)
+    _more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def put(self, jobs: Sequence[tuple[Job, int]], seconds: float) -> list[Result]:
+        """The results of jobs of these sizes, in order. Raises Fault: 503 where there is no room or the model is down,
+        504 after `seconds`. What is not needed any more leaves the queue."""
+        if not jobs:
+            return []
+        if self.closed:
+            raise unavailable("draining")
+        if self.model.state != "ready":
+            raise unavailable(self.model.state)
+        num_tokens = sum(size for _, size in jobs)
+        if len(self) + len(jobs) > self.limits.queue_items:
+            raise overloaded(f"{len(self)} of {self.limits.queue_items} items wait")
+        if self.num_tokens + num_tokens > self.limits.queue_tokens and len(self):
+            raise overloaded(f"{self.num_tokens} of {self.limits.queue_tokens} tokens wait")
+        now = time.monotonic()
+        loop = asyncio.get_running_loop()
+        mine = [Waiting(job, size, now, loop.create_future()) for job, size in jobs]
+        self._waiting.extend(mine)
+        self.num_tokens += num_tokens
+        self._more.set()
+        try:
+            return list(await asyncio.wait_for(asyncio.gather(*(one.answer for one in mine)), seconds))
+        except TimeoutError:
+            raise Fault(504, "deadline", f"no reward after {seconds:g} s; allow more, or send less") from None
+        finally:
+            self._forget(mine)
+
+    def _forget(self, mine: Sequence[Waiting]) -> None:
+        """Take out what still waits: its request is over."""
+        for one in mine:
+            if not one.answer.done():
+                one.answer.cancel()
+        over = {id(one) for one in mine if one.answer.cancelled() or one.answer.exception() is not None}
+        if over:
+            gone = [one for one in self._waiting if id(one) in over]
+            self._waiting = deque(one for one in self._waiting if id(one) not in over)
+            self.num_tokens -= sum(one.size for one in gone)
+
+    async def run(self) -> None:
+        """Feeds the model for ever."""
+        while True:
+            await self._more.wait()
+            await self.model.wait_ready()
+            batch = self._next()
+            if not batch:
+                self._more.clear()
+                continue
+            began = time.monotonic()
+            try:
+                results = await self.model.score([one.job for one in batch])
+            except Fault as fault:  # the model is gone: nobody shall wait until it is back
+                for one in (*batch, *self._waiting):
+                    if not one.answer.done():
+                        one.answer.set_exception(fault)
+                continue
+            for one, result in zip(batch, results, strict=True):
+                if not one.answer.done():
+                    one.answer.set_result(result)
+            waited = began - min(one.since for one in batch)
+            self.told(Batched(len(batch), sum(one.size for one in batch), waited, time.monotonic() - began))
+
+    def _next(self) -> list[Waiting]:
+        """The oldest jobs, as many as make a batch."""
+        batch: list[Waiting] = []
+        num_tokens = 0
+        while self._waiting and len(batch) < self.limits.batch_items:
+            if batch and num_tokens + self._waiting[0].size > self.limits.batch_tokens:
+                break
+            one = self._waiting.popleft()
+            self.num_tokens -= one.size
+            num_tokens += one.size
+            batch.append(one)
+        return batch
+
+    async def drained(self) -> None:
+        """Takes nothing new; returns when nothing waits or runs."""
+        self.closed = True
+        while self._waiting:
+            await asyncio.sleep(0.02)
