@@ -26,6 +26,7 @@ from moreward.systems._base import GatedSystem, System
 from moreward.types import (
     Batch,
     Conversation,
+    Explanation,
     Preference,
     Rendered,
     Reward,
@@ -587,11 +588,14 @@ class Scorer:
                 Reward(reward=value, expert_rewards=dict(zip(members, told, strict=False)))
                 for value, told in zip(values, told_NK, strict=True)
             ]
+        made_of = (self.system.explained(batch, output) if explain else []) or [Explanation()] * len(values)
         if not self.experts or output.routing is None:
-            return [Reward(reward=v) for v in values]
+            return [
+                Reward(reward=value, parts=made.parts, part_rewards=made.part_rewards)
+                for value, made in zip(values, made_of, strict=True)
+            ]
         experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
         everyone: list[list[float]] = [[] for _ in values]
-        parts: dict[str, list[float]] = {}
         if explain and isinstance(self.system, GatedSystem):
             reward_NE = self.system.judge(batch, self._all_experts(batch))
             assert output.expert_reward_NK is not None
@@ -603,19 +607,18 @@ class Scorer:
         entropies: list[float | None] = [None] * len(values)
         if len(self.experts) > 1:
             entropies = list(router_entropy(output.routing.logits_NE).tolist())
-        if explain:
-            parts = {name: part_N.tolist() for name, part_N in self.system.parts(batch).items()}
         return [
             Reward(
                 reward=value,
                 expert=self.experts[experts[0]],
                 weights={self.experts[e]: w for e, w in zip(experts, weights, strict=True)},
                 expert_rewards=dict(zip(self.experts, every, strict=False)),
-                parts={name: part[n] for name, part in parts.items()},
+                parts=made.parts,
+                part_rewards=made.part_rewards,
                 router_entropy=entropy,
             )
-            for n, (value, experts, weights, every, entropy) in enumerate(
-                zip(values, experts_NK, weights_NK, everyone, entropies, strict=True)
+            for value, experts, weights, every, made, entropy in zip(
+                values, experts_NK, weights_NK, everyone, made_of, entropies, strict=True
             )
         ]
 

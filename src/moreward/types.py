@@ -129,7 +129,8 @@ class Batch:
 
     A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
     conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
-    `weight_B` is None where every pair weighs 1. `ratings_NK` (NaN where missing) are there for rated conversations.
+    `weight_B` is None where every pair weighs 1. `ratings_NK` (NaN where missing) are there for rated conversations,
+    `expert_N`, the expert that each conversation trains, in a stage that holds several.
     """
 
     ids_NT: Tensor
@@ -144,6 +145,7 @@ class Batch:
     names: tuple[str, ...] = ()
     truncated_N: Tensor | None = None
     ratings_NK: Tensor | None = None
+    expert_N: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.ids_NT.shape[0])
@@ -173,6 +175,7 @@ class Batch:
             names=(),
             truncated_N=None,
             ratings_NK=None,
+            expert_N=None,
         )
 
 
@@ -248,14 +251,22 @@ class Uncertainty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What one reward is made of: `parts` sum to it; `part_rewards` is what each part says by itself."""
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+    part_rewards: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """The reward of one conversation, as users see it. Higher is better.
 
     `expert` is the one that spoke loudest and `weights` the gate's weight of each expert used; both are empty
-    for a system without named experts. `expert_rewards` (every expert, standardised) and `parts` (what each part adds;
-    they sum to `reward`) only when explained, `parts` only where the reward is such a sum. `reward` is None only where
-    the scorer was told to abstain; then `abstained` says why. `router_entropy` (0 sure, 1 no idea)
-    where a router chose. `uncertainty` only when asked for.
+    for a system without named experts. Only when explained: `expert_rewards` (every expert, standardised), and where
+    the reward has parts (capabilities, objectives) `parts`, what each adds, which sum to `reward`, and `part_rewards`,
+    what each says by itself. `reward` is None only where the scorer was told to abstain; then `abstained` says why.
+    `router_entropy` (0 sure, 1 no idea) where a router chose. `uncertainty` only when asked for.
     """
 
     reward: float | None
@@ -263,6 +274,7 @@ class Reward:
     weights: Mapping[str, float] = field(default_factory=dict)
     expert_rewards: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
+    part_rewards: Mapping[str, float] = field(default_factory=dict)
     uncertainty: Uncertainty | None = None
     abstained: str = ""
     router_entropy: float | None = None

@@ -343,7 +343,8 @@ def _problems(loaded: Loaded, intake: _Intake, max_bad_share: float) -> Iterator
         yield from _bad_share(loaded, max_bad_share)
     if lost := intake.lost_domains():
         yield DataError(f"No row is left of domain {', '.join(lost)}.{_examples(loaded.quarantine, lost)}")
-    yield from _margins(loaded.preferences)
+    for is_part in (False, True):  # labels of a capability come from elsewhere than those of the whole
+        yield from _margins([p for p in loaded.preferences if bool(p.capability) == is_part])
 
 
 def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:

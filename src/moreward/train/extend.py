@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
-from moreward.data.load import assert_no_leak, check_domains, load_preferences, of_whole_responses
+from moreward.data.load import assert_no_leak, check_domains, load_preferences
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import ConfigError, RunError
 from moreward.items import as_text
@@ -20,7 +20,7 @@ from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
 from moreward.scoring import Scorer, load
 from moreward.systems._base import GatedSystem, expert_names
-from moreward.train.runner import Pairs, Work, make_encoder, open_run, read_pairs
+from moreward.train.runner import Pairs, Work, left_to, make_encoder, open_run, read_pairs, settled
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference
 
@@ -132,7 +132,7 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
         contradiction_weight=old.data.contradiction_weight,
         shape=addition["shape"],
     )
-    loaded = of_whole_responses(loaded)
+    loaded = left_to(old.recipe, loaded)
     if others := sorted({p.domain for p in loaded.preferences} - {domain}):
         raise ConfigError(f"--data holds rows of domain {', '.join(others)}; give the pairs of {domain!r} alone")
     share = old.data.val_fraction
@@ -148,8 +148,10 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
 def _work(before: Scorer, config: RunConfig, domains: Sequence[str], pairs: Pairs, reporter: Reporter) -> Work:
     backbone = Backbone.load(config.backbone, pooling=before.card["backbone"]["pooling"])
     encoder = make_encoder(config, backbone)
+    config = settled(config, pairs.train)
+    recipe = find_recipe(config.recipe)
     torch.manual_seed(config.seed)
-    system = find_recipe(config.recipe)(before.system.config, backbone, domains)
+    system = recipe(recipe.Config.model_validate(config.system), backbone, domains)
     grow_into(system.saved_tensors(), before.system.saved_tensors())
     return Work(config, Path(config.out), system, encoder, pairs, domains, reporter)
 

@@ -108,6 +108,11 @@ def _learned(preference: Preference) -> list[Any]:
     return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *rare]
 
 
+def left_to(recipe: str, loaded: Loaded) -> Loaded:
+    """What is for this recipe: pairs that judge one capability are put aside where it has no use for them."""
+    return loaded if find_recipe(recipe).uses_capabilities else of_whole_responses(loaded)
+
+
 def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
     """Train a run; returns its folder. Given the folder of a run that was cut short, goes on with it.
 
@@ -137,6 +142,7 @@ def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) ->
     backbone = Backbone.load(config.backbone, pooling=config.pooling)
     encoder = make_encoder(config, backbone)
     recipe = find_recipe(config.recipe)
+    config = settled(config, pairs.train)
     torch.manual_seed(config.seed)
     system = recipe(recipe.Config.model_validate(config.system), backbone, domains)
     work = Work(config, run, system, encoder, pairs, domains, reporter)
@@ -144,6 +150,13 @@ def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) ->
     reports = work.fit(stages)
     work.write(reports)
     return run
+
+
+def settled(config: RunConfig, preferences: Sequence[Preference]) -> RunConfig:
+    """The configuration with what the recipe takes from the training pairs."""
+    recipe = find_recipe(config.recipe)
+    system = recipe.settle(recipe.Config.model_validate(config.system), preferences)
+    return config.model_copy(update={"system": system.model_dump(mode="json")})
 
 
 def read_pairs(config: RunConfig) -> Pairs:
@@ -160,10 +173,10 @@ def read_pairs(config: RunConfig) -> Pairs:
         "contradiction_weight": told.contradiction_weight,
         "use_margin": config.train.use_margin,
     }
-    loaded = of_whole_responses(load_preferences(list(told.train), **options))
+    loaded = left_to(config.recipe, load_preferences(list(told.train), **options))
     report: dict[str, Any] = {"train": _told(loaded)}
     if told.val:
-        held_out = of_whole_responses(load_preferences(list(told.val), **options))
+        held_out = left_to(config.recipe, load_preferences(list(told.val), **options))
         assert_no_leak(loaded.preferences, held_out.preferences)
         report["val"] = _told(held_out)
         sides = {"train": loaded.preferences, "val": held_out.preferences}
@@ -305,6 +318,9 @@ class Work:
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
         self.rated, lost = self._encode_rated(pairs.ratings)
+        self.remarks = system.meet([pair.preference for pair in self.train.pairs])
+        for sentence in self.remarks:
+            reporter.say(sentence)
         self.books = account(pairs.quarantine, [self.train, self.val])
         if self.accelerator.is_main_process:
             quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
@@ -425,7 +441,8 @@ class Work:
         """What uncertainty needs; a frozen backbone's vectors are looked up in `store`."""
         if store is not None:
             scorer.keep_features(store)
-        found = calibrate(scorer, known=self.train.pairs, usual=self.val.pairs, judged=self.val.pairs)
+        judged = [pair for pair in self.val.pairs if not pair.preference.capability]
+        found = calibrate(scorer, known=self.train.pairs, usual=self.val.pairs, judged=judged)
         if found is None:
             self.reporter.say(f"no calibration: no held-out pair to fit it on. {how_to_get_it()}")
         return found
@@ -457,6 +474,7 @@ class Work:
                 "train_pairs": _by_domain(self.train.pairs),
                 "val_pairs": _by_domain(self.val.pairs),
                 **self.books.to_json(),
+                "remarks": self.remarks,
                 "truncated": {"train": self.train.num_truncated, "val": self.val.num_truncated},
                 "standardised_on": "training pairs of each expert's stage, evenly spaced, both responses",
             },
