@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moreward.cli_common import check_same_pairs, evaluated, load_pairs, load_scorer, measured, say_too_long
+from moreward.cli_compare import EPILOG as COMPARE_EPILOG
+from moreward.cli_compare import compare
 from moreward.cli_label import EPILOG, label
 from moreward.cli_serve import serve
 from moreward.errors import MorewardError
 
 if TYPE_CHECKING:
     from moreward.evals.run import Result
-    from moreward.scoring import Scorer
     from moreward.types import Preference
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at preference data; make labels of capabilities.", no_args_is_help=True)
 data_app.command("label", epilog=EPILOG)(label)
 app.add_typer(data_app, name="data")
+app.command(epilog=COMPARE_EPILOG)(compare)
 app.command()(serve)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
@@ -116,7 +118,7 @@ def evaluate(
     from moreward.evals.compare import compare as compare_systems
     from moreward.report import calibration_words, render_evaluation
 
-    preferences = _load_pairs(data, run, domain_key=domain_key, shape=shape)
+    preferences = load_pairs(data, run, domain_key=domain_key, shape=shape)
     if dtype_check:
         _say_price_of_bf16(run, preferences, as_json=as_json, truncate=truncate, backbone=backbone, device=device)
         return
@@ -124,12 +126,12 @@ def evaluate(
     runs = {run.name: run, **({base: baseline} if baseline else {})}
     how: dict[str, Any] = {"truncate": truncate, "backbone": backbone, "device": device, "seed": seed}
     results = {
-        name: _evaluate(path, preferences, **how, every_expert=diversity and path == run) for name, path in runs.items()
+        name: evaluated(path, preferences, **how, every_expert=diversity and path == run) for name, path in runs.items()
     }
     result = results[run.name]
     comparison = None
     if baseline:
-        _check_same_pairs(results)
+        check_same_pairs(results)
         groups, domains = linked_groups(result.preferences), [p.domain for p in result.preferences]
         correct = {name: r.correct for name, r in results.items()}
         comparison = compare_systems(correct, groups, domains, baseline=base)
@@ -148,53 +150,7 @@ def evaluate(
         typer.echo(result.diversity.to_text())
     elif diversity:
         typer.echo(f"{run}: has neither experts nor members that could be told apart", err=True)
-    _say_too_long(result)
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)],
-    data: Data,
-    baseline: Annotated[str | None, typer.Option(help="The run to test against; by default the first.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
-    as_json: AsJson = False,
-    truncate: Truncate = False,
-    backbone: BackboneDir = None,
-    device: Device = "auto",
-) -> None:
-    """Put several runs side by side on the same pairs, with paired tests."""
-    from moreward.data.split import linked_groups
-    from moreward.evals.compare import compare as compare_systems
-    from moreward.report import markdown_systems, render_systems
-
-    preferences = _load_pairs(data, runs[0])
-    named = {path.name: path for path in runs}
-    if len(named) < len(runs):  # folders of one name
-        named = {str(path): path for path in runs}
-    results = {
-        name: _evaluate(path, preferences, truncate=truncate, backbone=backbone, device=device)
-        for name, path in named.items()
-    }
-    _check_same_pairs(results)
-    first = next(iter(results.values()))
-    groups, domains = linked_groups(first.preferences), [p.domain for p in first.preferences]
-    correct = {name: r.correct for name, r in results.items()}
-    wanted = Path(baseline) if baseline else runs[0]
-    base = next((name for name, path in named.items() if path == wanted or name == wanted.name), None)
-    if base is None:
-        raise typer.BadParameter(f"{baseline!r} is not among the runs {', '.join(correct)}", param_hint="--baseline")
-    comparison = compare_systems(correct, groups, domains, baseline=base) if len(correct) > 1 else None
-    evaluations = {name: r.evaluation for name, r in results.items()}
-    if as_json:
-        told: dict[str, Any] = {
-            "evaluations": {k: v.to_json() for k, v in evaluations.items()},
-            "routing": {k: r.routing.to_json() for k, r in results.items()},
-            "comparison": comparison.to_json() if comparison else None,
-        }
-        typer.echo(json.dumps(told, indent=1))
-        return
-    typer.echo((markdown_systems if markdown else render_systems)(evaluations, comparison))
-    _say_too_long(first)
+    say_too_long(result)
 
 
 @app.command()
@@ -220,7 +176,7 @@ def score(
     from moreward.uncertainty import parse_limits
 
     console = Console()
-    scorer = _load(
+    scorer = load_scorer(
         run,
         truncate=truncate,
         backbone=backbone,
@@ -295,12 +251,12 @@ def extend(
         f"golden rewards of the old experts: {made.num_golden} recomputed, largest change "
         f"{made.golden_difference:g}{' (bit-identical)' if made.golden_difference == 0 else ''}"
     )
-    before = _load(made.parent, truncate=truncate, backbone=backbone)
-    after = _load(made.run, truncate=truncate, backbone=backbone)
+    before = load_scorer(made.parent, truncate=truncate, backbone=backbone)
+    after = load_scorer(made.run, truncate=truncate, backbone=backbone)
     pairs = [*made.old_val, *made.new_val]
     if not made.old_val:
         typer.echo("No held-out pairs of the old domains are known with --old-data; the table shows the new one only.")
-    typer.echo(render_extension(_measure(before, pairs), _measure(after, pairs), domain))
+    typer.echo(render_extension(measured(before, pairs), measured(after, pairs), domain))
     typer.echo(f"extended: {made.run}  (the old run is untouched)")
     if made.golden_difference:
         raise typer.Exit(1)
@@ -328,7 +284,7 @@ def ensemble(
 
     made = ensemble_runs(
         runs,
-        _load_pairs(reference, runs[0]),
+        load_pairs(reference, runs[0]),
         out=out,
         how=how,
         caution=caution,
@@ -362,9 +318,9 @@ def merge(
     from moreward.evals.run import within_limit
     from moreward.train.merge import merge as merge_runs
 
-    held_out = _load_pairs(data, runs[0]) if data else []
+    held_out = load_pairs(data, runs[0]) if data else []
     if held_out and not truncate:
-        held_out, too_long = within_limit(_load(runs[0], truncate=False, backbone=backbone), held_out)
+        held_out, too_long = within_limit(load_scorer(runs[0], truncate=False, backbone=backbone), held_out)
         if too_long:
             typer.echo(f"left out, longer than the limit: {sum(too_long.values())} pairs", err=True)
     made = merge_runs(
@@ -400,8 +356,8 @@ def calibrate(
     from moreward.report import calibration_words
     from moreward.train.calibrate import calibrate_run
 
-    scorer = _load(run, truncate=truncate, backbone=backbone, device=device)
-    report = calibrate_run(scorer, run, _load_pairs(data, run), seed=seed).report
+    scorer = load_scorer(run, truncate=truncate, backbone=backbone, device=device)
+    report = calibrate_run(scorer, run, load_pairs(data, run), seed=seed).report
     if as_json:
         typer.echo(json.dumps(report, indent=1))
         return
@@ -476,84 +432,13 @@ def main() -> None:
         raise
 
 
-def _load(
-    run: Path,
-    *,
-    truncate: bool,
-    backbone: str | None,
-    device: str = "auto",
-    **more: Any,
-) -> Scorer:
-    """`more` are further arguments of `scoring.load`."""
-    from moreward.scoring import load
-
-    scorer = load(run, backbone=backbone, device=device, **more)
-    if truncate:
-        scorer.on_long = "truncate"
-    return scorer
-
-
-def _load_pairs(
-    data: list[str], run: Path, *, domain_key: str | None = None, shape: str | None = None
-) -> list[Preference]:
-    """Pairs read as the run's own training data was, unless an option says otherwise."""
-    from moreward.data.load import load_preferences, of_whole_responses
-    from moreward.runs import model_folder, read_card
-
-    told = read_card(model_folder(run))["config"]["data"]
-    shape = shape or told["shape"]
-    loaded = load_preferences(
-        data,
-        shape=None if shape == "auto" else shape,
-        domain=told["domain"],
-        domain_key=domain_key or told["domain_key"],
-        domain_map=told["domain_map"],
-        tags=told.get("tags"),
-        max_bad_share=told["max_bad_share"],
-        use_margin=False,
-    )
-    loaded = of_whole_responses(loaded)
-    if loaded.quarantine:
-        told_why = Counter(row.reason for row in loaded.quarantine)
-        why = ", ".join(f"{reason} {n:,}" for reason, n in sorted(told_why.items()))
-        typer.echo(f"{len(loaded.quarantine)} rows not used ({why}); see: moreward data check", err=True)
-    return loaded.preferences
-
-
-def _evaluate(
-    run: Path,
-    preferences: list[Preference],
-    *,
-    truncate: bool,
-    backbone: str | None,
-    device: str,
-    seed: int = 0,
-    every_expert: bool = False,
-) -> Result:
-    return _measure(_load(run, truncate=truncate, backbone=backbone, device=device), preferences, seed, every_expert)
-
-
-def _measure(scorer: Scorer, preferences: list[Preference], seed: int = 0, every_expert: bool = False) -> Result:
-    """Evaluate; what a frozen backbone says of a text is looked up where it is known."""
-    from moreward.evals.run import evaluate_run
-    from moreward.train.runner import feature_store
-
-    if scorer.system.config.tune != "frozen":
-        return evaluate_run(scorer, preferences, seed=seed, every_expert=every_expert)
-    store = feature_store(scorer.card["config"]["backbone"], scorer.system.backbones()[0])
-    scorer.keep_features(store)
-    result = evaluate_run(scorer, preferences, seed=seed, every_expert=every_expert)
-    store.save()
-    return result
-
-
 def _say_price_of_bf16(
     run: Path, preferences: list[Preference], *, as_json: bool, truncate: bool, backbone: str | None, device: str
 ) -> None:
     from moreward.evals.dtype import dtype_check
     from moreward.report import render_dtype
 
-    both = [_load(run, truncate=truncate, backbone=backbone, device=device, dtype=d) for d in ("fp32", "bf16")]
+    both = [load_scorer(run, truncate=truncate, backbone=backbone, device=device, dtype=d) for d in ("fp32", "bf16")]
     prices = dtype_check(both[0], both[1], preferences)
     typer.echo(json.dumps([p.to_json() for p in prices], indent=1) if as_json else render_dtype(prices))
 
@@ -565,24 +450,11 @@ def _budgets(results: dict[str, Result]) -> str:
     return f"Parameters stored: {', '.join(told)}."
 
 
-def _check_same_pairs(results: dict[str, Result]) -> None:
-    first = next(iter(results.values())).preferences
-    for name, result in results.items():
-        if result.preferences != first:
-            raise MorewardError(f"{name}: fits other pairs than the first run does; use --truncate for all of them")
-
-
 def _numbers(text: str | None, option: str) -> list[float] | None:
     try:
         return None if text is None else [float(word) for word in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not numbers with commas between them", param_hint=option) from None
-
-
-def _say_too_long(result: Result) -> None:
-    if result.too_long:
-        counts = ", ".join(f"{d} {n}" for d, n in sorted(result.too_long.items()))
-        typer.echo(f"left out, longer than the model's limit: {counts} (allow them with --truncate)", err=True)
 
 
 def _keys(model: Any, prefix: str) -> list[str]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moreward.config import resolve
 from moreward.data.split import linked_groups
-from moreward.data.synthetic import DOMAINS, generate_splits
+from moreward.data.synthetic import DOMAINS, generate_splits, write_pairs
 from moreward.errors import RunError
 from moreward.evals.compare import compare
 from moreward.evals.run import Result, evaluate_run
@@ -36,7 +34,7 @@ def run_demo(out: Path, *, pairs: int, noise: float, seed: int, say: Callable[[s
         f"{len(DEMO_DOMAINS)} domains whose preferences conflict ({', '.join(DEMO_DOMAINS)}), {pairs} training pairs "
         f"each, {noise:.0%} of their labels flipped.\n"
     )
-    files = {name: _write(out / "data" / f"{name}.jsonl", rows) for name, rows in splits.items()}
+    files = {name: write_pairs(out / "data" / f"{name}.jsonl", rows) for name, rows in splits.items()}
     single = train(
         _config("base_lora", out / "single", files, seed, rank=RANK * (len(DEMO_DOMAINS) + 1)), reporter=Console()
     )
@@ -64,14 +62,6 @@ def _config(recipe: str, out: Path, files: dict[str, str], seed: int, *, rank: i
             "system": {"rank": rank, "alpha": 2.0 * rank, "adapter_layers": 2},
         }
     )
-
-
-def _write(path: Path, rows: Sequence[Preference]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = ("id", "domain", "prompt", "chosen", "rejected", "group", "meta")
-    lines = [json.dumps({k: v for k, v in asdict(p).items() if k in kept}) + "\n" for p in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
 
 
 def render(results: dict[str, Result]) -> str:

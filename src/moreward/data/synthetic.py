@@ -12,10 +12,11 @@ here and lose it there.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -147,6 +148,15 @@ def _about(pair: Preference, capability: str, noise: float, seed: int) -> Prefer
     return replace(
         as_it_is, id=f"{pair.id}/{capability}", capability=capability, meta={"levels": levels, "flipped": flipped}
     )
+
+
+def write_pairs(path: Path, rows: Sequence[Preference]) -> str:
+    """Generated pairs as a file of one JSON object a line; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = ("id", "domain", "prompt", "chosen", "rejected", "group", "meta")
+    lines = [json.dumps({k: v for k, v in asdict(p).items() if k in kept}) + "\n" for p in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
 
 
 def _check(sizes: Mapping[str, int], noise: float, domains: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ Verdict: TypeAlias = Literal["better", "worse", "no difference shown"]
 
 SIGNIFICANT_BELOW = 1 - CONFIDENCE
 _MAX_EXACT_OUTCOMES = 1_000_000
+_DRAWN_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def compare(
     found: dict[tuple[str, str | None], Difference] = {}
     for system in sorted(set(systems) - {baseline}):
         gain_B = systems[system].astype(np.int64) - systems[baseline].astype(np.int64)
-        flips = _SignFlips(num_resamples=num_resamples, seed=seed)
+        flips = SignFlips(num_resamples=num_resamples, seed=seed)
         by_domain = [_difference(gain_B[domain_B == d], group_B[domain_B == d], flips) for d in range(len(names))]
         found |= {(system, name): one for name, one in zip(names, by_domain, strict=True)}
         found[system, None] = _mean_difference(by_domain, gain_B, domain_B, group_B, flips)
@@ -107,8 +108,8 @@ def _check(systems: Mapping[str, Correct], groups: Sequence[str], domains: Seque
         raise ValueError(f"Rows must be the same, and at least one (got {lengths}): compare on the same pairs.")
 
 
-def _difference(gain_B: Ints, group_B: Ints, flips: _SignFlips) -> Difference:
-    sum_G, size_G = _group_sums(gain_B, group_B)
+def _difference(gain_B: Ints, group_B: Ints, flips: SignFlips) -> Difference:
+    sum_G, size_G = group_sums(gain_B, group_B)
     return Difference(
         difference=float(gain_B.mean()),
         interval=difference_interval(sum_G, size_G),
@@ -122,7 +123,7 @@ def _difference(gain_B: Ints, group_B: Ints, flips: _SignFlips) -> Difference:
     )
 
 
-def _group_sums(gain_B: Ints, group_B: Ints) -> tuple[Floats, Floats]:
+def group_sums(gain_B: Ints, group_B: Ints) -> tuple[Floats, Floats]:
     """Sum and number of rows of each group that is there."""
     size_G = np.bincount(group_B).astype(np.float64)
     sum_G = np.bincount(group_B, gain_B).astype(np.float64)
@@ -130,7 +131,7 @@ def _group_sums(gain_B: Ints, group_B: Ints) -> tuple[Floats, Floats]:
 
 
 def _mean_difference(
-    by_domain: Sequence[Difference], gain_B: Ints, domain_B: Ints, group_B: Ints, flips: _SignFlips
+    by_domain: Sequence[Difference], gain_B: Ints, domain_B: Ints, group_B: Ints, flips: SignFlips
 ) -> Difference:
     """The plain mean over domains; a group with rows in several domains flips in all of them at once."""
     sum_DG = np.zeros((len(by_domain), int(group_B.max()) + 1))
@@ -170,7 +171,7 @@ def difference_interval(sum_G: Floats, size_G: Floats) -> Interval:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _SignFlips:
+class SignFlips:
     """If two systems are alike, each group's difference could as well have had the other sign.
 
     The mean over domains is tested against the same: where large gains and losses cancel, that test is cautious.
@@ -182,14 +183,19 @@ class _SignFlips:
 
     def p_value(self, value_G: Floats) -> float:
         """Two-sided: how often random signs give a sum as far from 0 as the one seen."""
-        size_K, count_K = np.unique(np.abs(value_G[value_G != 0]), return_counts=True)
+        # Sizes that differ by rounding only are one size: means over seeds are sums of fractions.
+        scale = float(np.abs(value_G).max(initial=0.0)) or 1.0
+        size_K, count_K = np.unique(np.round(np.abs(value_G[value_G != 0]) / scale, 12) * scale, return_counts=True)
         # The same sum may round differently; a sum of 0 may round to anything this small.
         reached = abs(value_G.sum()) - 1e-9 * np.abs(value_G).sum()
         if np.prod(count_K + 1.0) <= _MAX_EXACT_OUTCOMES:
             return _exact_p(size_K, count_K, reached)
         generator = np.random.default_rng(self.seed)
-        positive_RK = generator.binomial(count_K, 0.5, size=(self.num_resamples, len(count_K)))
-        num_reached = (np.abs((2 * positive_RK - count_K) @ size_K) >= reached).sum()
+        num_reached = 0
+        for start in range(0, self.num_resamples, _DRAWN_AT_ONCE):
+            num_drawn = min(_DRAWN_AT_ONCE, self.num_resamples - start)
+            positive_RK = generator.binomial(count_K, 0.5, size=(num_drawn, len(count_K)))
+            num_reached += int((np.abs((2 * positive_RK - count_K) @ size_K) >= reached).sum())
         return float((num_reached + 1) / (self.num_resamples + 1))
 
 

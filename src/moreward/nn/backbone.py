@@ -175,7 +175,7 @@ class Backbone(nn.Module):
         if self.is_decoder and pooling == "spans":
             raise BackboneError("pooling: 'spans' is for encoders; a decoder's last token has read all before it")
         if pooling == "auto":
-            return "mean" if _pools_by_mean(resolve_backbone(self.name)) else "own"
+            return "mean" if pools_by_mean(resolve_backbone(self.name)) else "own"
         return pooling
 
     def _constant_inputs(self) -> dict[str, Any]:
@@ -491,7 +491,7 @@ def _drop_unused_pooler(base: nn.Module) -> None:
         base.pooler = None  # type: ignore[assignment]
 
 
-def _pools_by_mean(folder: str) -> bool:
+def pools_by_mean(folder: str) -> bool:
     path = Path(folder) / "1_Pooling" / "config.json"
     return path.is_file() and '"pooling_mode_mean_tokens": true' in path.read_text(encoding="utf-8")
 

@@ -170,6 +170,12 @@ class System(nn.Module):
         """What each reward of `output` is made of; empty where rewards have no parts."""
         return []
 
+    @classmethod
+    def equal_budget(cls, config: Any) -> Mapping[str, Mapping[str, Any]]:
+        """Settings under which this very recipe is a single model with as many parameters in all (`total`) or as many
+        that one conversation meets (`active`); empty where the plain single models are the measure."""
+        return {}
+
     def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
         """Experts that are adapters in the backbone's bank: what makes a PEFT directory of each."""
         return {}

@@ -6,8 +6,8 @@ N conversations, P prompts, D hidden, K experts used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ class MoREConfig(SystemConfig):
     top_k: int = Field(2, ge=1)
     balance: float = Field(0.01, ge=0, description="weight of the balance loss CV²(importance) + CV²(load)")
     gate_on: Literal["conversation", "prompt"] = "conversation"
+    width: int = Field(4, ge=1, description="inner width of an expert, in hidden sizes of the backbone")
 
 
 class Recipe(System):
@@ -58,10 +59,19 @@ class Recipe(System):
         self.backbone = backbone
         self.norm_in = nn.LayerNorm(size)
         self.router = NoisyTopKRouter(size, config.num_experts, config.top_k)
-        self.experts = FeedForwardExperts(config.num_experts, size, 4 * size)
+        self.experts = FeedForwardExperts(config.num_experts, size, config.width * size)
         self.norm_out = nn.LayerNorm(size)
         self.head = RewardHead(size, "linear")
         self.standardize = Standardize()
+
+    @classmethod
+    def equal_budget(cls, config: MoREConfig) -> Mapping[str, Mapping[str, Any]]:
+        """One dense network as wide as all the experts together, or as those used."""
+        one = {"num_experts": 1, "top_k": 1}
+        return {
+            "total": {**one, "width": config.num_experts * config.width},
+            "active": {**one, "width": config.top_k * config.width},
+        }
 
     @property
     def expert_labels(self) -> tuple[str, ...]:

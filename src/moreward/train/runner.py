@@ -259,14 +259,15 @@ def _settle_config(config: RunConfig, run: Path) -> None:
     stored = run / "config.yaml"
     if not (stored.exists() and (run / "checkpoints").exists()):  # nothing is trained yet; a kill may have cut the file
         stored.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    elif differs := _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config):
+    elif differs := differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config):
         raise RunError(
             f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
             "Start it with the old one, choose another out, or remove the folder."
         )
 
 
-def _differences(stored: Mapping[str, Any], config: RunConfig) -> list[str]:
+def differences(stored: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What decides the result and is not the same in two configurations, a phrase for each key."""
     before, now = RunConfig.model_validate(stored).flat(), config.flat()
     keys = sorted({*before, *now} - set(NOT_OF_THE_RESULT))
     return [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in keys if before.get(k) != now.get(k)]

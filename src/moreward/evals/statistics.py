@@ -1,0 +1,170 @@
+"""Several seeds of several systems on the same pairs: bootstrap intervals, paired tests, and how many pairs would tell.
+
+L systems, S seeds, B pairs, D domains, G prompt groups, R resamples. Seeds of one system see the same pairs, so they
+are no new pairs: a pair's value is the mean over seeds, taken first, and whole groups are resampled and flipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from moreward.evals.accuracy import CONFIDENCE, Floats, Interval, Ints, wilson_interval
+from moreward.evals.compare import SignFlips, group_sums
+
+POWER = 0.8
+NUM_RESAMPLES = 2_000
+NUM_FLIPS = 19_999
+_RESAMPLED_AT_ONCE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Where B pairs stand: `domain_B` and `group_B` are numbers from 0, without gaps."""
+
+    domain_B: Ints
+    group_B: Ints
+
+    @property
+    def num_domains(self) -> int:
+        return int(self.domain_B.max()) + 1
+
+    @property
+    def num_groups(self) -> int:
+        return int(self.group_B.max()) + 1
+
+
+def seed_mean(correct_SB: Floats) -> Floats:
+    """A pair's value over the seeds: the share of them that were right; (B,)."""
+    mean_B: Floats = np.asarray(correct_SB, dtype=np.float64).mean(0)
+    return mean_B
+
+
+def domain_means(value_LB: Floats, rows: Rows) -> Floats:
+    """(L, D)."""
+    size_D = np.bincount(rows.domain_B)
+    mean_LD: Floats = np.stack([np.bincount(rows.domain_B, value_B) for value_B in value_LB]) / size_D
+    return mean_LD
+
+
+def bootstrap_means(value_LB: Floats, rows: Rows, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Floats:
+    """Domain means of all systems in resampled worlds, (R, L, D): the same groups are drawn for every system.
+
+    Groups are drawn with replacement among those that stand in the same domains, so no domain ever runs empty.
+    (Field and Welsh 2007, "Bootstrapping clustered data": the cluster bootstrap.)
+    """
+    num_systems, num_domains = len(value_LB), rows.num_domains
+    cell_B = rows.domain_B * rows.num_groups + rows.group_B
+    cells = num_domains * rows.num_groups
+    size_DG = np.bincount(cell_B, minlength=cells).reshape(num_domains, rows.num_groups).astype(np.float64)
+    sum_LDG = np.stack([np.bincount(cell_B, value_B, minlength=cells) for value_B in value_LB])
+    sum_MG = np.concatenate([sum_LDG.reshape(num_systems * num_domains, rows.num_groups), size_DG])
+    strata = _strata(size_DG > 0)
+    generator = np.random.default_rng(seed)
+    found = []
+    for start in range(0, num_resamples, _RESAMPLED_AT_ONCE):
+        num_drawn = min(_RESAMPLED_AT_ONCE, num_resamples - start)
+        count_RG = np.zeros((num_drawn, rows.num_groups))
+        for members in strata:
+            share = np.full(len(members), 1 / len(members))
+            count_RG[:, members] = generator.multinomial(len(members), share, size=num_drawn)
+        drawn_RM = count_RG @ sum_MG.T
+        sum_RLD = drawn_RM[:, :-num_domains].reshape(num_drawn, num_systems, num_domains)
+        found.append(sum_RLD / drawn_RM[:, None, -num_domains:])
+    return np.concatenate(found)
+
+
+def _strata(stands_DG: np.ndarray) -> list[Ints]:
+    """The groups by the set of domains that they have pairs in."""
+    _, kind_G = np.unique(stands_DG, axis=1, return_inverse=True)
+    kind_G = kind_G.reshape(-1)
+    return [np.flatnonzero(kind_G == kind) for kind in range(int(kind_G.max()) + 1)]
+
+
+def percentile_interval(drawn_R: Floats) -> Interval:
+    """The middle 95 % of resampled values."""
+    low, high = np.quantile(drawn_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(low=float(low), high=float(high))
+
+
+def share_interval(drawn_R: Floats, share: float, num_groups: int) -> Interval:
+    """Of an accuracy. Where no resample differs (all right, all wrong) the bootstrap would say that there is no
+    doubt; then Wilson's interval of as many rows as there are groups is taken."""
+    return wilson_interval(share, num_groups) if np.ptp(drawn_R) < 1e-12 else percentile_interval(drawn_R)
+
+
+def paired_p(gain_B: Floats, rows: Rows, *, num_flips: int = NUM_FLIPS, seed: int = 0) -> tuple[list[float], float]:
+    """Two-sided p values of the mean gain in each domain and in the mean of domains, by flipping whole groups.
+
+    `gain_B` is a pair's value under one system minus that under another. Exact where the outcomes can be listed.
+    """
+    flips = SignFlips(num_resamples=num_flips, seed=seed)
+    by_domain = []
+    for d in range(rows.num_domains):
+        here = rows.domain_B == d
+        by_domain.append(flips.p_value(group_sums(gain_B[here], rows.group_B[here])[0]))
+    weight_B = 1 / (np.bincount(rows.domain_B)[rows.domain_B] * rows.num_domains)
+    part_G: Floats = np.bincount(rows.group_B, gain_B * weight_B).astype(np.float64)
+    return by_domain, flips.p_value(part_G)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Power:
+    """What these pairs can tell, and how many would tell the difference seen, if it is the true one.
+
+    `detectable` is the smallest difference that as many groups as these would tell with a power of 80 %. `more_pairs`
+    and `more_groups` are what is missing; 0 where there are enough, None where the difference is 0 and no number is.
+    """
+
+    detectable: float
+    more_pairs: int | None
+    more_groups: int | None
+
+
+def power(difference: float, error: float, *, num_pairs: int, num_groups: int, alpha: float = 1 - CONFIDENCE) -> Power:
+    """From the standard error of a difference over groups, which falls with the root of their number.
+
+    A two-sided test at level `alpha` finds a true difference with a power of 80 % where it is z(1 - α/2) + z(.8)
+    standard errors large. The tests of a report are many: give the level that one of them has to pass.
+    """
+    z = NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(POWER)
+    detectable = z * error
+    if difference == 0:
+        return Power(detectable=detectable, more_pairs=None, more_groups=None)
+    factor = max(1.0, (detectable / difference) ** 2)
+    return Power(
+        detectable=detectable,
+        more_pairs=int(np.ceil((factor - 1) * num_pairs)),
+        more_groups=int(np.ceil((factor - 1) * num_groups)),
+    )
+
+
+def clustered_error(gain_B: Floats, rows: Rows) -> tuple[list[float], float]:
+    """Standard error of the mean gain in each domain and in the mean of domains, from the variance between groups.
+
+    As in `difference_interval`, one more pair won or lost is added, so systems that never differ are not equal beyond
+    doubt.
+    """
+    errors, variance, num_domains = [], 0.0, rows.num_domains
+    mean_D = np.bincount(rows.domain_B, gain_B) / np.bincount(rows.domain_B)
+    residual_G = np.zeros(rows.num_groups)
+    for d in range(num_domains):
+        here = rows.domain_B == d
+        sum_G, size_G = group_sums(gain_B[here], rows.group_B[here])
+        num_groups = len(size_G)
+        few = num_groups / max(1, num_groups - 1)
+        added = np.square(size_G).mean() / size_G.sum() ** 2
+        own = np.square(sum_G - mean_D[d] * size_G).sum() * few / size_G.sum() ** 2
+        errors.append(float(np.sqrt(own + added)))
+        residual_B = (gain_B[here] - mean_D[d]) / (size_G.sum() * num_domains) * np.sqrt(few)
+        np.add.at(residual_G, rows.group_B[here], residual_B)
+        variance += added / num_domains**2
+    return errors, float(np.sqrt(np.square(residual_G).sum() + variance))
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation over seeds; None where there is one seed, which has none."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
