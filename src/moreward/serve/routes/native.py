@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from pydantic import Field, model_validator
 
 from moreward.serve.door import Door, conversation, fault_of, rendered, sigmoid
-from moreward.serve.faults import Fault
+from moreward.serve.faults import Fault, unavailable
 from moreward.serve.queue import Job, Result
 from moreward.serve.routes.common import (
     Body,
@@ -64,6 +64,7 @@ class CompareRequest(Body):
     model: str | None = None
     expert: str = "auto"
     explain: bool = False
+    uncertainty: bool = False
     truncate: Literal["error", "left"] = "error"
 
     @model_validator(mode="after")
@@ -186,13 +187,15 @@ async def compare(body: CompareRequest, response: Response, door: TheDoor, secon
         raise Fault(422, "empty_responses", "responses: at least one is needed", param="responses")
     expert = _expert(door, body.expert, body.model)
     prompt = _plain(body.messages if body.messages is not None else body.prompt or "")
+    how: dict[str, Any] = {"explain": body.explain, "uncertainty": body.uncertainty, "expert": expert}
+    how["truncate"] = body.truncate == "left"
     jobs = []
     for i, one in enumerate(body.responses):
         _refuse_empty(one, f"responses[{i}]", i)
         answer: Any = _plain(one)
         if isinstance(prompt, list) and isinstance(answer, str):
             answer = [{"role": "assistant", "content": answer}]
-        jobs.append(conversation(prompt, answer, explain=body.explain, truncate=body.truncate == "left", expert=expert))
+        jobs.append(conversation(prompt, answer, **how))
     results = await door.rewards(jobs, seconds, "responses")
     say_truncated(response, results)
     values = [result["reward"] for result in results]
@@ -218,11 +221,22 @@ async def compare(body: CompareRequest, response: Response, door: TheDoor, secon
             "expert_scores": [result["expert_rewards"] for result in results],
             "parts": [result["parts"] for result in results],
         }
+    if body.uncertainty:
+        told["uncertainty"] = [result["uncertainty"] for result in results]
     return told
 
 
 def _temperature(door: Door, first: Result, second: Result) -> float:
     return door.temperature(first["expert"] if first["expert"] == second["expert"] else "")
+
+
+@router.get("/v1/about", summary="What is served")
+async def about(door: TheDoor) -> dict[str, Any]:
+    if door.state != "ready":
+        raise unavailable(door.state)
+    kept = ("recipe", "version", "experts", "domains", "max_tokens", "device", "threads", "deterministic")
+    told = {name: door.about[name] for name in kept}
+    return {"model": door.settings.name, **told, "calibrated": bool(door.about["temperatures"])}
 
 
 @router.get("/livez", summary="200 while the process runs")
