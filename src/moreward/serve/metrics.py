@@ -35,7 +35,7 @@ class Metrics:
     def watch(self, queue: Queue, is_ready: Callable[[], bool]) -> None:
         gauges: Mapping[str, Callable[[], float]] = {
             "moreward_queue_tokens": lambda: queue.num_tokens,
-            "moreward_queue_items": lambda: len(queue),
+            "moreward_queue_items": lambda: queue.num_items,
             "moreward_ready": lambda: float(is_ready()),
         }
         for name, value in gauges.items():

@@ -44,18 +44,16 @@ class Batched:
 
 @dataclass(eq=False)
 class Queue:
-    """`told` is called after each batch."""
+    """Holds so many items and tokens, those that the model works on included. `told` is called after each batch."""
 
     model: Model
     limits: Limits
     told: Callable[[Batched], None] = lambda batched: None
+    num_items: int = 0
     num_tokens: int = 0
     closed: bool = False
     _waiting: deque[Waiting] = field(default_factory=deque)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     async def put(self, jobs: Sequence[tuple[Job, int]], seconds: float) -> list[Result]:
         """The results of jobs of these sizes, in order. Raises Fault: 503 where there is no room or the model is down,
@@ -67,14 +65,15 @@ class Queue:
         if self.model.state != "ready":
             raise unavailable(self.model.state)
         num_tokens = sum(size for _, size in jobs)
-        if len(self) + len(jobs) > self.limits.queue_items:
-            raise overloaded(f"{len(self)} of {self.limits.queue_items} items wait")
-        if self.num_tokens + num_tokens > self.limits.queue_tokens and len(self):
-            raise overloaded(f"{self.num_tokens} of {self.limits.queue_tokens} tokens wait")
+        if self.num_items + len(jobs) > self.limits.queue_items:
+            raise overloaded(f"{self.num_items} of {self.limits.queue_items} items are in it")
+        if self.num_tokens + num_tokens > self.limits.queue_tokens and self.num_items:
+            raise overloaded(f"{self.num_tokens} of {self.limits.queue_tokens} tokens are in it")
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         mine = [Waiting(job, size, now, loop.create_future()) for job, size in jobs]
         self._waiting.extend(mine)
+        self.num_items += len(mine)
         self.num_tokens += num_tokens
         self._more.set()
         try:
@@ -87,13 +86,16 @@ class Queue:
     def _forget(self, mine: Sequence[Waiting]) -> None:
         """Take out what still waits: its request is over."""
         for one in mine:
-            if not one.answer.done():
-                one.answer.cancel()
-        over = {id(one) for one in mine if one.answer.cancelled() or one.answer.exception() is not None}
-        if over:
-            gone = [one for one in self._waiting if id(one) in over]
+            one.answer.cancel()
+        over = {id(one) for one in mine}
+        gone = [one for one in self._waiting if id(one) in over]
+        if gone:
             self._waiting = deque(one for one in self._waiting if id(one) not in over)
-            self.num_tokens -= sum(one.size for one in gone)
+            self._leave(gone)
+
+    def _leave(self, some: Sequence[Waiting]) -> None:
+        self.num_items -= len(some)
+        self.num_tokens -= sum(one.size for one in some)
 
     async def run(self) -> None:
         """Feeds the model for ever."""
@@ -111,7 +113,9 @@ class Queue:
                 for one in (*batch, *self._waiting):
                     if not one.answer.done():
                         one.answer.set_exception(fault)
+                self._leave(batch)
                 continue
+            self._leave(batch)
             for one, result in zip(batch, results, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(result)
@@ -125,14 +129,12 @@ class Queue:
         while self._waiting and len(batch) < self.limits.batch_items:
             if batch and num_tokens + self._waiting[0].size > self.limits.batch_tokens:
                 break
-            one = self._waiting.popleft()
-            self.num_tokens -= one.size
-            num_tokens += one.size
-            batch.append(one)
+            batch.append(self._waiting.popleft())
+            num_tokens += batch[-1].size
         return batch
 
     async def drained(self) -> None:
         """Takes nothing new; returns when nothing waits or runs."""
         self.closed = True
-        while self._waiting:
+        while self.num_items:
             await asyncio.sleep(0.02)
