@@ -13,6 +13,8 @@ __version__ = "0.1.0.dev0"
 _PUBLIC = {
     "load": "moreward.scoring",
     "Scorer": "moreward.scoring",
+    "Client": "moreward.client",
+    "AsyncClient": "moreward.client",
     "RunConfig": "moreward.config",
     "Preference": "moreward.types",
     "Conversation": "moreward.types",

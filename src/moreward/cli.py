@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moreward.cli_common import check_same_pairs, evaluated, load_pairs, load_scorer, measured, say_too_long
+from moreward.cli_common import (
+    check_same_pairs,
+    evaluated,
+    load_pairs,
+    load_scorer,
+    measured,
+    remote_scorer,
+    say_too_long,
+)
 from moreward.cli_compare import EPILOG as COMPARE_EPILOG
 from moreward.cli_compare import compare
 from moreward.cli_label import EPILOG, label
 from moreward.cli_serve import serve
-from moreward.errors import MorewardError
+from moreward.errors import ConfigError, MorewardError
 
 if TYPE_CHECKING:
+    from moreward.client import Client
     from moreward.evals.run import Result
+    from moreward.scoring import Scorer
     from moreward.types import Preference
 
 app = typer.Typer(
@@ -155,9 +165,12 @@ def evaluate(
 
 @app.command()
 def score(
-    run: Run,
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows with prompt and response, or messages.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN IN.jsonl", help="A run, and rows with prompt and response, or messages."),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the rewards go.")],
+    server: Annotated[str | None, typer.Option("--server", metavar="URL", help="Ask a server in place of RUN.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Add every expert's reward.")] = False,
     uncertainty: Uncertain = False,
     conservative: Conservative = 0.0,
@@ -175,19 +188,25 @@ def score(
     from moreward.train.track import Console
     from moreward.uncertainty import parse_limits
 
+    wanted = 1 if server else 2
+    if len(words) != wanted:
+        needed = "IN.jsonl alone with --server" if server else "RUN and IN.jsonl"
+        raise ConfigError(f"score: give {needed} (got {' '.join(words)})")
+    source = Path(words[-1])
     console = Console()
-    scorer = load_scorer(
-        run,
-        truncate=truncate,
-        backbone=backbone,
-        device=device,
-        dtype=dtype,
-        deterministic=deterministic,
-        conservative=conservative,
-        abstain=parse_limits(abstain or []),
-    )
-    if uncertainty:
-        scorer.calibration()
+    local = {"--backbone": backbone, "--conservative": conservative, "--abstain": abstain, "--dtype": dtype != "fp32"}
+    if server and (given := [name for name, value in local.items() if value]):
+        raise ConfigError(f"{', '.join(given)}: of a run; a server decides it where it is started")
+    remote = remote_scorer(server, truncate=truncate) if server else None
+    scorer: Scorer | Client
+    if remote:
+        scorer = remote
+    else:
+        how: dict[str, Any] = {"conservative": conservative, "abstain": parse_limits(abstain or [])}
+        how |= {"device": device, "dtype": dtype, "deterministic": deterministic}
+        scorer = load_scorer(Path(words[0]), truncate=truncate, backbone=backbone, **how)
+        if uncertainty:
+            scorer.calibration()
     started = False
 
     def progress(done: int, total: int | None) -> None:
@@ -197,16 +216,20 @@ def score(
             started = True
         console.step(done)
 
-    report = score_file(
-        scorer,
-        source,
-        out,
-        explain=explain,
-        uncertainty=uncertainty,
-        overwrite=overwrite,
-        max_bad_share=max_bad_share,
-        progress=progress,
-    )
+    try:
+        report = score_file(
+            scorer,
+            source,
+            out,
+            explain=explain,
+            uncertainty=uncertainty,
+            overwrite=overwrite,
+            max_bad_share=max_bad_share,
+            progress=progress,
+        )
+    finally:
+        if remote:
+            remote.close()
     console.finish()
     resumed = f", {report.resumed_from:,} of them before" if report.resumed_from else ""
     typer.echo(f"{report.rows:,} rows: {report.scored:,} rewards, {report.bad:,} bad{resumed} -> {out}", err=True)

@@ -11,6 +11,7 @@ import typer
 from moreward.errors import MorewardError
 
 if TYPE_CHECKING:
+    from moreward.client import Client
     from moreward.evals.run import Result
     from moreward.scoring import Scorer
     from moreward.types import Preference
@@ -100,3 +101,10 @@ def say_too_long(result: Result) -> None:
     if result.too_long:
         counts = ", ".join(f"{d} {n}" for d, n in sorted(result.too_long.items()))
         typer.echo(f"left out, longer than the model's limit: {counts} (allow them with --truncate)", err=True)
+
+
+def remote_scorer(server: str, *, truncate: bool) -> Client:
+    """A server as a scorer. Long answers are waited for: a job of hours should outlive a restart of the server."""
+    from moreward.client import Client
+
+    return Client(server, retries=10, on_long="truncate" if truncate else "error")

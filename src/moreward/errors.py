@@ -9,6 +9,7 @@ allowed and what to do.
     ├── NonFiniteError           training met NaN or Inf and stopped before the step
     ├── AbstainedError           no reward was given where one is needed; only where abstaining was asked for
     ├── JudgeError               the judge of labels cannot be asked; what it said is kept
+    ├── ServerError              a reward server cannot be reached, is too busy or fails; what is asked may be right
     ├── SpaceError               the disk is full (exit code 4)
     └── MissingExtraError        an optional dependency is not installed
 """
@@ -49,6 +50,10 @@ class AbstainedError(MorewardError):
 
 
 class JudgeError(MorewardError):
+    pass
+
+
+class ServerError(MorewardError):
     pass
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from moreward.runs import identity, model_folder, read_model
 from moreward.systems._base import GatedSystem, System
 from moreward.types import (
     Batch,
+    Comparison,
     Conversation,
     Explanation,
     Preference,
@@ -49,17 +50,6 @@ which makes as much of rounding: with a standard deviation of 5e-4 a reward may 
 
 Routes = dict[tuple[int, ...], Routing]
 """Routings of single prompts, by their tokens."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Several responses to one prompt: rewards as given, indices best first, P(row beats column).
-
-    Where the scorer abstained, a response has no reward and stands last."""
-
-    rewards: list[Reward]
-    order: list[int]
-    probabilities: list[list[float]]
 
 
 def load(

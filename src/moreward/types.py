@@ -290,6 +290,17 @@ class Reward:
         return self.reward
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Several responses to one prompt: rewards as given, indices best first, P(row beats column).
+
+    Where the scorer abstained, a response has no reward and stands last."""
+
+    rewards: list[Reward]
+    order: list[int]
+    probabilities: list[list[float]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedReward:
     """One conversation's reward under the system's own router, an oracle router (the expert of the row's

@@ -5,42 +5,16 @@ from __future__ import annotations
 import base64
 import math
 import struct
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from moreward.scoring import Scorer, load
+from moreward.scoring import Scorer
 from moreward.types import Rendered
-from serving import Live, serving
+from serving import Live
 
-Make = Callable[..., Path]
 PROMPT, RESPONSE = "Tell me of the sea.", "It is calm, and there is more to say of it."
-
-
-@pytest.fixture(scope="module")
-def run(make: Make) -> Path:
-    return make("arliss")
-
-
-@pytest.fixture(scope="module")
-def scorer(run: Path) -> Scorer:
-    return load(run, deterministic=True)
-
-
-@pytest.fixture(scope="module")
-def live(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with serving(run, log, names=["mixture", "alias"]) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def client(live: Live) -> Iterator[httpx2.Client]:
-    with live.client() as client:
-        yield client
 
 
 def posted(client: httpx2.Client, route: str, body: Any, **more: Any) -> Any:

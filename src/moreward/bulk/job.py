@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from moreward.bulk.journal import Output
 from moreward.bulk.rows import BadRow, Row, parse, read_lines, scan_rows
 from moreward.checkpoint import sha256_file, space_errors
-from moreward.errors import ConfigError, DataError, MorewardError
+from moreward.errors import ConfigError, DataError, MorewardError, ServerError
 from moreward.types import NO_DOMAIN, Conversation, Reward
 
 Progress = Callable[[int, int | None], None]
@@ -35,7 +35,8 @@ class SupportsScore(Protocol):
         """What happens to conversations beyond the model's limit: another job where it is another."""
 
     def score(self, items: Sequence[Conversation], *, explain: bool = False, uncertainty: bool = False) -> list[Reward]:
-        """One reward per item, in order. A MorewardError is taken to be about one of the items."""
+        """One reward per item, in order. A MorewardError is taken to be about one of the items, unless it is a
+        ServerError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +180,8 @@ def _score(scorer: SupportsScore, items: Sequence[Conversation], asked: Mapping[
         return []
     try:
         rewards = scorer.score(items, **asked)
+    except ServerError:
+        raise  # says nothing of the rows; what is done stays, and the job goes on from there
     except MorewardError as error:
         if len(items) == 1:
             return [BadRow("not_scored", str(error))]

@@ -165,12 +165,13 @@ def _told(item: RewardItem, index: int, result: Result, explain: bool) -> dict[s
                 "param": result["error"].get("param") or fault.param,
             },
         }
-    told |= {"score": result["reward"], "truncated": result["truncated"], "tokens": result["num_tokens"]}
+    told |= {"score": result["reward"], "expert": result["expert"]}
+    told |= {"truncated": result["truncated"], "tokens": result["num_tokens"]}
     if result["abstained"]:
         told["abstained"] = result["abstained"]
     if explain:
         told |= {"expert_scores": result["expert_rewards"], "route": _route(result)}
-        told |= {"parts": result["parts"]} if result["parts"] else {}
+        told |= {name: result[name] for name in ("parts", "part_rewards") if result[name]}
     if result["uncertainty"]:
         told["uncertainty"] = result["uncertainty"]
     return told
@@ -213,6 +214,8 @@ async def compare(body: CompareRequest, response: Response, door: TheDoor, secon
             [sigmoid((a - b) / degrees[i][j]) for j, b in enumerate(values)] for i, a in enumerate(values)
         ],
         "calibrated": bool(door.about.get("temperatures")),
+        "experts": [result["expert"] for result in results],
+        "tokens": [result["num_tokens"] for result in results],
         "truncated": [result["truncated"] for result in results],
     }
     if body.explain:
