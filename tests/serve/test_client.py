@@ -192,3 +192,12 @@ def test_it_needs_no_torch() -> None:
     code = "import sys, moreward; moreward.Client('http://x'); print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"
+
+
+def test_the_example_of_the_documentation_runs(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    exec(code.replace("http://localhost:8000", live.url), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("[Reward(reward=")
+    assert printed.splitlines()[-1] in ("[0, 1]", "[1, 0]")
