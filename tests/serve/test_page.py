@@ -1,4 +1,4 @@
-"""The page in a real browser: filled, sent by keyboard, read, on a phone's width, in the dark, without any outside asset."""
+"""The page in a real browser: by keyboard, on a phone's width, in the dark, without any outside asset."""
 
 from __future__ import annotations
 
