@@ -495,7 +495,7 @@ def _load_pairs(
     data: list[str], run: Path, *, domain_key: str | None = None, shape: str | None = None
 ) -> list[Preference]:
     """Pairs read as the run's own training data was, unless an option says otherwise."""
-    from moreward.data.load import load_preferences, of_whole_responses
+    from moreward.data.load import load_preferences, without_capabilities
     from moreward.runs import model_folder, read_card
 
     told = read_card(model_folder(run))["config"]["data"]
@@ -510,12 +510,12 @@ def _load_pairs(
         max_bad_share=told["max_bad_share"],
         use_margin=False,
     )
-    loaded = of_whole_responses(loaded)
-    if loaded.quarantine:
-        told_why = Counter(row.reason for row in loaded.quarantine)
+    kept, of_capabilities = without_capabilities(loaded.preferences)
+    if not_used := [*loaded.quarantine, *of_capabilities]:
+        told_why = Counter(row.reason for row in not_used)
         why = ", ".join(f"{reason} {n:,}" for reason, n in sorted(told_why.items()))
-        typer.echo(f"{len(loaded.quarantine)} rows not used ({why}); see: moreward data check", err=True)
-    return loaded.preferences
+        typer.echo(f"{len(not_used)} rows not used ({why}); see: moreward data check", err=True)
+    return kept
 
 
 def _evaluate(

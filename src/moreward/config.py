@@ -14,7 +14,7 @@ from moreward.registry import find_recipe, near
 
 Paths = tuple[str, ...]
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
-WHOLE = ("domain_map", "tags")
+WHOLE = ("domain_map", "tags", "points", "capabilities")
 """Settings that are mappings, and so have no dotted keys of their own."""
 
 

@@ -438,9 +438,12 @@ class Scorer:
         else:
             output = self.system(batch)
         _refuse_non_finite(output.reward_N)
+        told = self._told(batch, output, explain or uncertain)
+        if explain and (made_of := self.system.parts(batch, output)):
+            both = zip(told, made_of, strict=True)
+            told = [replace(reward, parts=of.parts, part_rewards=of.part_rewards) for reward, of in both]
         if not uncertain:
-            return self._told(batch, output, explain)
-        told = self._told(batch, output, explain=True)
+            return told
         doubts = self._doubts(batch, output, told)
         return [
             replace(reward, uncertainty=doubt, expert_rewards=reward.expert_rewards if explain else {})
@@ -511,7 +514,6 @@ class Scorer:
             return [Reward(reward=v) for v in values]
         experts_NK, weights_NK = output.routing.experts_NK.tolist(), output.routing.weights_NK.tolist()
         everyone: list[list[float]] = [[] for _ in values]
-        parts: dict[str, list[float]] = {}
         if explain and isinstance(self.system, GatedSystem):
             reward_NE = self.system.judge(batch, self._all_experts(batch))
             assert output.expert_reward_NK is not None
@@ -520,19 +522,14 @@ class Scorer:
         elif explain and output.expert_reward_NK is not None and output.expert_reward_NK.shape[1] == len(self.experts):
             # All were used, so all have spoken.
             everyone = output.expert_reward_NK.gather(1, output.routing.experts_NK.argsort(1)).tolist()
-        if explain:
-            parts = {name: part_N.tolist() for name, part_N in self.system.parts(batch).items()}
         return [
             Reward(
                 reward=value,
                 expert=self.experts[experts[0]],
                 weights={self.experts[e]: w for e, w in zip(experts, weights, strict=True)},
                 expert_rewards=dict(zip(self.experts, every, strict=False)),
-                parts={name: part[n] for name, part in parts.items()},
             )
-            for n, (value, experts, weights, every) in enumerate(
-                zip(values, experts_NK, weights_NK, everyone, strict=True)
-            )
+            for value, experts, weights, every in zip(values, experts_NK, weights_NK, everyone, strict=True)
         ]
 
     def _all_experts(self, batch: Batch) -> Tensor:

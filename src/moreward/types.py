@@ -114,6 +114,7 @@ class Batch:
     A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
     conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
     `weight_B` is None where every pair weighs 1. `ratings_NK` (NaN where missing) are there for rated conversations.
+    `expert_N` is the expert that each conversation trains, in a stage that holds several.
     """
 
     ids_NT: Tensor
@@ -128,6 +129,7 @@ class Batch:
     names: tuple[str, ...] = ()
     truncated_N: Tensor | None = None
     ratings_NK: Tensor | None = None
+    expert_N: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.ids_NT.shape[0])
@@ -157,6 +159,7 @@ class Batch:
             names=(),
             truncated_N=None,
             ratings_NK=None,
+            expert_N=None,
         )
 
 
@@ -232,13 +235,23 @@ class Uncertainty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What one reward is made of: `parts` sum to it; `part_rewards` is what each says by itself where that is no
+    expert's reward."""
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+    part_rewards: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """The reward of one conversation, as users see it. Higher is better.
 
     `expert` is the one that spoke loudest and `weights` the gate's weight of each expert used; both are empty
-    for a system without named experts. `expert_rewards` (every expert, standardised) and `parts` (what each part adds;
-    they sum to `reward`) only when explained, `parts` only where the reward is such a sum. `reward` is None only where
-    the scorer was told to abstain; then `abstained` says why. `uncertainty` only when asked for.
+    for a system without named experts. Only when explained: `expert_rewards` (every expert, standardised), and where
+    rewards are sums of parts (objectives, capabilities) `parts`, what each adds, and `part_rewards`, what each says by
+    itself where parts are no experts. Parts sum to the reward before any caution. `reward` is None only where the
+    scorer was told to abstain; then `abstained` says why. `uncertainty` only when asked for.
     """
 
     reward: float | None
@@ -246,6 +259,7 @@ class Reward:
     weights: Mapping[str, float] = field(default_factory=dict)
     expert_rewards: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
+    part_rewards: Mapping[str, float] = field(default_factory=dict)
     uncertainty: Uncertainty | None = None
     abstained: str = ""
     num_tokens: int = 0

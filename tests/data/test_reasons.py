@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import moreward.data
-from moreward.data.reasons import CODES, FAULTS, MESSAGE_FATES, NOT_BAD
+from moreward.data.reasons import CAPABILITY, CODES, FAULTS, MESSAGE_FATES, NOT_BAD
 
 PACKAGE = Path(moreward.data.__file__).parent
 PAGE = PACKAGE.parents[2] / "docs" / "data.md"
@@ -51,7 +51,7 @@ def test_the_search_finds_the_codes_it_should() -> None:
     found = {code for path in PACKAGE.glob("*.py") for code in reasons_in(ast.parse(path.read_text(encoding="utf-8")))}
     assert {"bad_json", "duplicate_key", "bad_csv", "empty_chosen", "too_long", "duplicate", "broken_context"} <= found
     assert set(FAULTS) - found == set(), "a code that nothing raises"
-    assert {"duplicate", "identical", "tie", "capability"} == NOT_BAD - set(MESSAGE_FATES)
+    assert {"duplicate", "identical", "tie", CAPABILITY} == NOT_BAD - set(MESSAGE_FATES)
 
 
 def test_the_documentation_names_every_code() -> None:

@@ -65,13 +65,21 @@ class Finding:
     is_error: bool
 
 
+@dataclass(frozen=True, slots=True)
+class CapabilityRows:
+    """What of a domain judges one capability."""
+
+    num_rows: int
+    num_pairs: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainAudit:
     """One domain's figures. Lengths are of responses in characters, or of conversations in tokens if measured.
 
     `chosen_longer` is the share of pairs whose chosen side is longer, equal lengths as half: 0.5 is no bias.
     `share` is of all kept pairs. `dropped` counts rows per reason; what follows it in pairs (`truncated` are over the
-    length limit) is None when nothing measured it.
+    length limit) is None when nothing measured it. `capabilities` has rows and pairs that judge one capability only.
     """
 
     num_rows: int
@@ -89,6 +97,7 @@ class DomainAudit:
     doubled_bos: int | None
     missing_eos: int | None
     bad_template: int | None
+    capabilities: dict[str, CapabilityRows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +175,16 @@ def _domain_audit(name: str, loaded: Loaded, lengths: Sequence[PairLengths] | No
         doubled_bos=_count(measured, lambda m: m.doubled_bos),
         missing_eos=_count(measured, lambda m: m.missing_eos),
         bad_template=_count(measured, lambda m: bool(m.refusal)),
+        capabilities=_capabilities(pairs),
     )
+
+
+def _capabilities(pairs: Sequence[Preference]) -> dict[str, CapabilityRows]:
+    num_pairs = Counter(p.capability for p in pairs if p.capability)
+    return {
+        name: CapabilityRows(len({p.source or p.name for p in pairs if p.capability == name}), num_pairs[name])
+        for name in sorted(num_pairs)
+    }
 
 
 def _count(measured: Sequence[PairLengths] | None, is_so: Callable[[PairLengths], bool]) -> int | None:
@@ -248,6 +266,8 @@ def render(audit: Audit, *, width: int = 120) -> str:
         f" Lengths in {audit.length_unit}.",
         markup=False,
     )
+    for line in _capability_lines(audit):
+        console.print(line, markup=False, soft_wrap=True)
     if marks := audit.tokenizer:
         words = [f"{name} {token or 'none'}" for name, token in (("BOS", marks.bos), ("EOS", marks.eos))]
         words.append(f"pad {marks.pad or 'none'}{' (the same as EOS)' if marks.pad_is_eos else ''}")
@@ -297,6 +317,15 @@ def _table(audit: Audit) -> Any:
         counts = [row.truncated, row.special_tokens, row.doubled_bos, row.missing_eos] if is_measured else []
         table.add_row(Plain(name), *cells, *(f"{count:,}" for count in counts))
     return table
+
+
+def _capability_lines(audit: Audit) -> list[str]:
+    return [
+        f"{name} judges one capability in "
+        + ", ".join(f"{point}: {of.num_rows:,} rows ({of.num_pairs:,} pairs)" for point, of in row.capabilities.items())
+        for name, row in audit.domains.items()
+        if row.capabilities
+    ]
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -86,24 +86,19 @@ class Loaded:
     skipped_files: list[str] = field(default_factory=list)
 
 
-def of_whole_responses(loaded: Loaded) -> Loaded:
-    """Without the pairs that judge one capability; their rows are put aside, for nobody may lose them without a word.
+def without_capabilities(preferences: Sequence[Preference]) -> tuple[list[Preference], list[Quarantined]]:
+    """The pairs that judge a response as a whole, and the rows of the others, put aside: nobody may lose them without a
+    word.
 
-    DataError where nothing else is left."""
-    kept = [p for p in loaded.preferences if not p.capability]
-    aside = {p.source or p.name: p for p in loaded.preferences if p.capability}
+    DataError where there are only others."""
+    kept = [p for p in preferences if not p.capability]
+    aside = {_place(p): p for p in preferences if p.capability}
     if aside and not kept:
         raise DataError(
             f"All {len(aside):,} rows judge one capability (the column `capability`) and none the whole response. "
             "Give pairs that do, or take the column out."
         )
-    return replace(
-        loaded,
-        preferences=kept,
-        quarantine=[*loaded.quarantine, *map(_put_aside, aside.values())],
-        num_kept_rows=loaded.num_kept_rows - len(aside),
-        contradictions=[pair for pair in loaded.contradictions if not pair[0].capability],
-    )
+    return kept, [_put_aside(row) for row in aside.values()]
 
 
 def _put_aside(preference: Preference) -> Quarantined:
@@ -343,7 +338,8 @@ def _problems(loaded: Loaded, intake: _Intake, max_bad_share: float) -> Iterator
         yield from _bad_share(loaded, max_bad_share)
     if lost := intake.lost_domains():
         yield DataError(f"No row is left of domain {', '.join(lost)}.{_examples(loaded.quarantine, lost)}")
-    yield from _margins(loaded.preferences)
+    for is_part in (False, True):  # labels of a capability come from elsewhere than those of the whole
+        yield from _margins([p for p in loaded.preferences if bool(p.capability) == is_part])
 
 
 def _load_oasst(items: Sequence[Item], domain: str) -> Loaded:

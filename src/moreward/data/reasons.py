@@ -53,7 +53,7 @@ MESSAGE_FATES: tuple[str, ...] = (
 """Why a message of an OpenAssistant tree stands in no pair."""
 
 CAPABILITY = "capability"
-"""The row judges one capability, where judgements of whole responses are wanted."""
+"""The row judges one capability, and whoever reads it wants judgements of whole responses."""
 
 NOT_BAD: frozenset[str] = frozenset({"duplicate", "identical", "tie", CAPABILITY, *MESSAGE_FATES})
 """Reasons that say nothing against the file: such rows do not count towards `max_bad_share`."""

@@ -5,37 +5,41 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 from moreward.errors import ConfigError, DataError
 from moreward.types import Preference, text_key
+
+Kind = TypeVar("Kind", bound=Hashable)
 
 
 def split_by_group(
     preferences: Sequence[Preference], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[Preference]]:
-    """Divide by `linked_groups`, every domain as near to the fractions as whole groups allow.
+    """Divide by `linked_groups`, every domain, and in it what judges each capability, as near to the fractions as
+    whole groups allow.
 
     Groups come in an order drawn by `seed` and go where their domains lack most rows, so a side gets at most
-    one group more than its share of a domain (groups of several domains aside). Which side a group takes does
-    not depend on the order of the rows, and rows keep their order within a side.
+    one group more than its share of a domain (groups of several domains or capabilities aside). Which side a
+    group takes does not depend on the order of the rows, and rows keep their order within a side.
 
     Raises:
         ConfigError: fractions that are not positive or do not sum to 1.
     """
     _check(fractions)
     label_of = linked_groups(preferences)
-    rows_of = _count_domains(preferences, label_of)
+    rows_of = _count(label_of, [(p.domain, p.capability) for p in preferences])
     groups = sorted(rows_of)
     random.Random(seed).shuffle(groups)
-    totals = Counter(p.domain for p in preferences)
+    totals = Counter((p.domain, p.capability) for p in preferences)
     lacking = {side: {d: share * n for d, n in totals.items()} for side, share in fractions.items()}
     side_of = {}
     for group in groups:
         side = max(fractions, key=lambda name: sum(n * lacking[name][d] for d, n in rows_of[group].items()))
         side_of[group] = side
-        for domain, n in rows_of[group].items():
-            lacking[side][domain] -= n
+        for judged, n in rows_of[group].items():
+            lacking[side][judged] -= n
     sides: dict[str, list[Preference]] = {side: [] for side in fractions}
     for preference, label in zip(preferences, label_of, strict=True):
         sides[side_of[label]].append(preference)
@@ -66,7 +70,7 @@ def not_held_out(preferences: Sequence[Preference], held_out: Sequence[Preferenc
     """A sentence for each domain that has no pair in `held_out`: how much of it hangs together, and what to do."""
     num_pairs = Counter(p.domain for p in preferences)
     missing = sorted(num_pairs.keys() - {p.domain for p in held_out})
-    rows_of = _count_domains(preferences, linked_groups(preferences)) if missing else {}
+    rows_of = _count(linked_groups(preferences), [p.domain for p in preferences]) if missing else {}
     largest = {domain: max(counts[domain] for counts in rows_of.values()) for domain in missing}
     return [
         f"domain {domain}: none of its {num_pairs[domain]:,} pairs is held out, so nothing watches how it is learned. "
@@ -97,11 +101,11 @@ def _check(fractions: Mapping[str, float]) -> None:
         raise ConfigError(f"split: fractions must sum to 1 (got {shown})")
 
 
-def _count_domains(preferences: Sequence[Preference], label_of: Sequence[str]) -> dict[str, Counter[str]]:
-    """Rows by domain of each group."""
-    rows_of: dict[str, Counter[str]] = {}
-    for preference, label in zip(preferences, label_of, strict=True):
-        rows_of.setdefault(label, Counter())[preference.domain] += 1
+def _count(label_of: Sequence[str], kinds: Sequence[Kind]) -> dict[str, Counter[Kind]]:
+    """Rows of each kind by group."""
+    rows_of: dict[str, Counter[Kind]] = {}
+    for label, kind in zip(label_of, kinds, strict=True):
+        rows_of.setdefault(label, Counter())[kind] += 1
     return rows_of
 
 

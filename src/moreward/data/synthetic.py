@@ -108,6 +108,47 @@ def generate_splits(
     return {split: list(chain.from_iterable(zip(*columns, strict=True))) for split, columns in by_split.items()}
 
 
+def capability_pairs(
+    preferences: Sequence[Preference],
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    capabilities: Sequence[str] = CAPABILITIES,
+) -> list[Preference]:
+    """For each generated pair and each capability whose levels differ, which response shows more of it.
+
+    More is not better: a domain's `WEIGHTS` may be negative. `noise` is the probability with which each label is told
+    the wrong way round, drawn by `seed`, the pair and the capability. `meta` says `flipped` and the levels.
+
+    Raises:
+        ConfigError: a noise outside 0..1, an unknown capability, a pair that `generate` did not make.
+    """
+    faults = [] if 0 <= noise <= 1 else [f"noise: a share between 0 and 1 (got {noise})"]
+    faults += [
+        f"capabilities: {c!r} is none of {', '.join(CAPABILITIES)}" for c in capabilities if c not in CAPABILITIES
+    ]
+    faults += [f"{p.name}: has no levels of capabilities" for p in preferences if "capabilities_chosen" not in p.meta][
+        :5
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return [
+        _about(pair, name, noise, seed)
+        for pair in preferences
+        for name in capabilities
+        if pair.meta["capabilities_chosen"][name] != pair.meta["capabilities_rejected"][name]
+    ]
+
+
+def _about(pair: Preference, capability: str, noise: float, seed: int) -> Preference:
+    levels = [pair.meta[f"capabilities_{side}"][capability] for side in ("chosen", "rejected")]
+    flipped = random.Random(f"{seed}/{pair.id}/{capability}").random() < noise
+    as_it_is = pair if (levels[0] > levels[1]) != flipped else pair.swapped()
+    return replace(
+        as_it_is, id=f"{pair.id}/{capability}", capability=capability, meta={"levels": levels, "flipped": flipped}
+    )
+
+
 def _check(sizes: Mapping[str, int], noise: float, domains: Sequence[str]) -> None:
     faults = [f"num_{split}: must be at least 0 (got {size})" for split, size in sizes.items() if size < 0]
     if sum(sizes.values()) > MAX_PAIRS_PER_DOMAIN:

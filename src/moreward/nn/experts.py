@@ -6,7 +6,7 @@ N conversations, D hidden, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -38,6 +38,11 @@ class RewardHead(nn.Module):
     @property
     def last(self) -> nn.Linear:
         return cast(nn.Linear, self.layers[-1])
+
+    def state(self, hidden_ND: Tensor) -> Tensor:
+        """What the last layer reads: the vector itself, or the hidden layer of an `mlp`."""
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return self.layers[:-1](hidden_ND.float())  # type: ignore[no-any-return]
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -129,20 +134,23 @@ class SeparateExperts(nn.Module):
         return cast(Standardize, self.experts[name].standardize)
 
 
-class AdapterExperts(nn.Module):
-    """One adapter and one head per expert on a shared backbone (ARLISS). One forward, an adapter per row.
+class HeadedExperts(nn.Module):
+    """A head, zero and unit for each expert, over vectors that subclasses read in `read`."""
 
-    Adapter e of the backbone's bank belongs to head e. A frozen backbone has no bank: then an expert is its head.
-    """
-
-    def __init__(self, backbone: Backbone, heads: Mapping[str, RewardHead]) -> None:
+    def __init__(self, heads: Mapping[str, RewardHead]) -> None:
         super().__init__()
-        self.backbone = backbone
         self.heads = nn.ModuleDict(dict(heads))
         self.standardize = nn.ModuleDict({name: Standardize() for name in heads})
 
+    def read(self, batch: Batch, expert_N: Tensor) -> Tensor:
+        """`hidden_ND`: row n as expert `expert_N[n]` reads it."""
+        raise NotImplementedError
+
     def forward(self, batch: Batch, expert_N: Tensor) -> Tensor:
-        hidden_ND = self.read(batch, expert_N)
+        return self.judge(self.read(batch, expert_N), expert_N)
+
+    def judge(self, hidden_ND: Tensor, expert_N: Tensor) -> Tensor:
+        """Standardised `reward_N` of vectors that the experts have read."""
         reward_N: Tensor = hidden_ND.new_zeros(len(expert_N))
         for e, (name, head) in enumerate(self.heads.items()):
             index = (expert_N == e).nonzero().squeeze(-1)
@@ -150,6 +158,23 @@ class AdapterExperts(nn.Module):
                 z = self.standardize[name](head(hidden_ND[index]))
                 reward_N = reward_N.index_put((index,), z.to(reward_N.dtype))
         return reward_N
+
+    def head(self, name: str) -> RewardHead:
+        return cast(RewardHead, self.heads[name])
+
+    def standardizer(self, name: str) -> Standardize:
+        return cast(Standardize, self.standardize[name])
+
+
+class AdapterExperts(HeadedExperts):
+    """One adapter and one head per expert on a shared backbone (ARLISS). One forward, an adapter per row.
+
+    Adapter e of the backbone's bank belongs to head e. A frozen backbone has no bank: then an expert is its head.
+    """
+
+    def __init__(self, backbone: Backbone, heads: Mapping[str, RewardHead]) -> None:
+        super().__init__(heads)
+        self.backbone = backbone
 
     def every_expert(self, batch: Batch) -> Tensor:
         """`reward_NE`: each row by all experts, in one pass in which it meets every adapter; without adapters its one
@@ -163,7 +188,6 @@ class AdapterExperts(nn.Module):
         return self(batch.rows(row_M), expert_M).view(num_rows, num_experts)  # type: ignore[no-any-return]
 
     def read(self, batch: Batch, expert_N: Tensor) -> Tensor:
-        """What the heads see of each row."""
         adapter_N = None if self.backbone.bank is None else expert_N
         return self.backbone(batch.ids_NT, batch.mask_NT, adapter_N)  # type: ignore[no-any-return]
 
@@ -174,11 +198,34 @@ class AdapterExperts(nn.Module):
             return {}
         return {name: (self.head(name), self.standardizer(name)) for name in self.heads}
 
-    def head(self, name: str) -> RewardHead:
-        return cast(RewardHead, self.heads[name])
 
-    def standardizer(self, name: str) -> Standardize:
-        return cast(Standardize, self.standardize[name])
+class OwnBackbones(HeadedExperts):
+    """A whole model per task, and adapters on it for the task's points. Experts are the tasks, then the points."""
+
+    task_E: Tensor
+    adapter_E: Tensor
+
+    def __init__(
+        self, backbones: Mapping[str, Backbone], heads: Mapping[str, RewardHead], places: Sequence[tuple[int, int]]
+    ) -> None:
+        """`places` has the task of each expert and its adapter there, -1 for none."""
+        super().__init__(heads)
+        self.backbones = nn.ModuleDict(dict(backbones))
+        self.register_buffer("task_E", torch.tensor([t for t, _ in places]), persistent=False)
+        self.register_buffer("adapter_E", torch.tensor([a for _, a in places]), persistent=False)
+
+    def backbone(self, task: int) -> Backbone:
+        return cast(Backbone, list(self.backbones.values())[task])
+
+    def read(self, batch: Batch, expert_N: Tensor) -> Tensor:
+        hidden_ND = torch.zeros(len(batch), self.backbone(0).hidden_size, device=expert_N.device)
+        for task in sorted(set(self.task_E[expert_N].tolist())):
+            index = (self.task_E[expert_N] == task).nonzero().squeeze(-1)
+            backbone = self.backbone(task)
+            adapter_N = None if backbone.bank is None else self.adapter_E[expert_N[index]]
+            said = backbone(batch.ids_NT[index], batch.mask_NT[index], adapter_N)
+            hidden_ND = hidden_ND.index_put((index,), said.to(hidden_ND.dtype))
+        return hidden_ND
 
 
 class OneExpert(nn.Module, Generic[Experts]):
@@ -197,16 +244,19 @@ class OneExpert(nn.Module, Generic[Experts]):
 
 
 class OwnExperts(nn.Module, Generic[Experts]):
-    """Each conversation by the expert of its domain: what a stage trains that holds all experts."""
+    """Each conversation by its own expert, `batch.expert_N`: what a stage trains that holds several experts."""
 
     experts: Experts
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, *, first: int = 0) -> None:
+        """`first` is the number in the bank of the first expert that is meant."""
         super().__init__()
         self.experts = experts
+        self.first = first
 
     def forward(self, batch: Batch) -> Rewards:
-        return Rewards(reward_N=self.experts(batch, batch.domain_N))
+        assert batch.expert_N is not None
+        return Rewards(reward_N=self.experts(batch, batch.expert_N + self.first))
 
 
 class FeedForwardExperts(nn.Module):
@@ -234,7 +284,7 @@ def standardised_heads(model: nn.Module) -> list[tuple[RewardHead, Standardize]]
     for module in model.modules():
         if isinstance(module, SoloExpert) and isinstance(module.head, RewardHead):
             found.append((module.head, module.standardize))
-        elif isinstance(module, AdapterExperts):
+        elif isinstance(module, HeadedExperts):
             found += [(module.head(name), module.standardizer(name)) for name in module.heads]
     if {s for _, s in found} != {m for m in model.modules() if isinstance(m, Standardize)}:
         raise ConfigError("this recipe's reward is not that of single heads, into which zero and unit could be folded")

@@ -23,7 +23,7 @@ from moreward.nn.features import FeatureStore
 from moreward.nn.lora import LoRABank
 from moreward.nn.losses import DomainLoss, Objective
 from moreward.nn.mixture import Routed
-from moreward.types import Batch, Preference, Rewards, Routing
+from moreward.types import Batch, Explanation, Preference, Rewards, Routing
 
 Tune = Literal["full", "lora", "frozen"]
 Presets = Mapping[str, Mapping[str, Any]]
@@ -96,9 +96,10 @@ class Stage:
     batches, sets the tensors of `learn` itself, and returns what the run's card shall say of it. What it sets beyond
     parameters (a matrix that is no parameter) must be a buffer named in `keep`, so that checkpoints hold it.
 
-    A stage of several experts names in `experts`, for each domain, what its expert moves: then a domain's loss is the
-    mean over its own pairs of a step and its gradient is clipped by itself, as if its expert were trained alone on
-    these pairs. `standardizers` has the zero and unit of each domain's expert.
+    A stage of several experts names in `experts` what each of them moves: then an expert's loss is the mean over its
+    own pairs of a step and its gradient is clipped by itself, as if it were trained alone on these pairs. `expert_of`
+    is the number of the expert that a pair trains, None the number of its domain; `batch.expert_N` has it for the
+    module. `standardizers` has the zero and unit of each.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Stage:
     rated: bool = False
     learning_rate: float | None = None
     experts: tuple[tuple[nn.Parameter, ...], ...] = ()
+    expert_of: Callable[[Preference], int] | None = None
     standardizers: tuple[Standardize, ...] = ()
 
 
@@ -126,6 +128,18 @@ class System(nn.Module):
     paper: ClassVar[str] = ""
     presets: ClassVar[Presets] = {"paper": PAPER_TRAINING, "practical": {}}
     tunes: ClassVar[tuple[Tune, ...]] = ("full", "lora", "frozen")
+    uses_capabilities: ClassVar[bool] = False
+    """Whether pairs that judge one capability are for this recipe; others never see them."""
+
+    @classmethod
+    def settle(cls, config: SystemConfig, preferences: Sequence[Preference]) -> SystemConfig:
+        """The settings with what the training pairs decide filled in, before the system is made of them."""
+        return config
+
+    def meet(self, preferences: Sequence[Preference]) -> list[str]:
+        """See the training pairs that are left after tokenising, before `stages` is asked. Returns what of them will
+        not be used, in sentences."""
+        return []
 
     def __init__(self, config: SystemConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__()
@@ -152,9 +166,9 @@ class System(nn.Module):
         """The training of this system, in order. `pairwise` is the configured loss over pairs."""
         raise NotImplementedError
 
-    def parts(self, batch: Batch) -> dict[str, Tensor]:
-        """What each part adds to the reward, `part_N` by name, where the reward is a sum of parts."""
-        return {}
+    def parts(self, batch: Batch, output: Rewards) -> list[Explanation]:
+        """What each reward of `output` is made of; empty where rewards are no sums of parts."""
+        return []
 
     def adapter_experts(self) -> dict[str, tuple[RewardHead, Standardize]]:
         """Experts that are adapters in the backbone's bank: what makes a PEFT directory of each."""
@@ -238,9 +252,17 @@ class GatedSystem(System):
     def standardizer(self, name: str) -> Standardize:
         raise NotImplementedError
 
+    def expert_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
+        """All that makes the expert of one domain."""
+        return [self.expert_stage(domain, pairwise)]
+
     def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
         """What a domain that comes later takes: its expert, and the router again. No old expert may move."""
-        return [self.expert_stage(domain, pairwise), self.router_stage()]
+        return [*self.expert_stages(domain, pairwise), self.router_stage()]
+
+    def expert_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
+        """All that makes the expert of one domain."""
+        return [self.expert_stage(domain, pairwise)]
 
     def expert_stage(self, domain: str, pairwise: Objective) -> Stage:
         index = self.domains.index(domain)
@@ -261,10 +283,11 @@ class GatedSystem(System):
 
 
 class RoutedSystem(GatedSystem):
-    """What RODOS and ARLISS share: experts that have nothing in common but a frozen backbone, a stage for each."""
+    """What RODOS, ARLISS and DMoERM share: experts that have nothing in common but a frozen backbone, each with stages of
+    its own."""
 
     def stages(self, pairwise: Objective) -> list[Stage]:
-        experts = [self.expert_stage(domain, pairwise) for domain in self.domains]
+        experts = [stage for domain in self.domains for stage in self.expert_stages(domain, pairwise)]
         return [*experts, self.router_stage()]
 
 

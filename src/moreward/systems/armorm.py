@@ -23,7 +23,7 @@ from moreward.nn.gates import ObjectiveGate, read_with_prompts
 from moreward.nn.losses import Objective
 from moreward.nn.ridge import fit_ridge
 from moreward.systems._base import Presets, Stage, System, SystemConfig, Tune, expert_names, prepare_backbone
-from moreward.types import Batch, Rewards, Routing
+from moreward.types import Batch, Explanation, Rewards, Routing
 
 log = logging.getLogger(__name__)
 
@@ -216,10 +216,10 @@ class Recipe(System):
             coefficients=gate_NK @ self.debias_AK.T,
         )
 
-    def parts(self, batch: Batch) -> dict[str, Tensor]:
+    def parts(self, batch: Batch, output: Rewards) -> list[Explanation]:
         explained = self.explain(batch)
         part_NA = explained.attributes * explained.coefficients
-        return dict(zip(self.attributes, part_NA.unbind(1), strict=True))
+        return [Explanation(parts=dict(zip(self.attributes, parts, strict=True))) for parts in part_NA.tolist()]
 
     # ---- training
 

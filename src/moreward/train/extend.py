@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
-from moreward.data.load import assert_no_leak, check_domains, load_preferences, of_whole_responses
+from moreward.data.load import assert_no_leak, check_domains, load_preferences
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import ConfigError, RunError
 from moreward.items import as_text
@@ -20,7 +20,7 @@ from moreward.nn.backbone import Backbone
 from moreward.registry import find_recipe
 from moreward.scoring import Scorer, load
 from moreward.systems._base import GatedSystem, expert_names
-from moreward.train.runner import Pairs, Work, make_encoder, open_run, read_pairs
+from moreward.train.runner import Pairs, Work, left_to, make_encoder, open_run, read_pairs, settled
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference
 
@@ -86,9 +86,9 @@ def extend(
         reports = work.fit(work.system.new_domain_stages(domain, work.pairwise))
         work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
-    new_val = [p for p in pairs.val if p.domain == domain and p.token_ids is None]
+    new_val = [p for p in pairs.val if p.domain == domain and p.token_ids is None and not p.capability]
     old_val = [] if old_data and not old.data.val else old_pairs.val  # without files of their own, they were trained on
-    old_val = [p for p in old_val if p.token_ids is None]
+    old_val = [p for p in old_val if p.token_ids is None and not p.capability]
     return Extension(Path(config.out), parent, domain, old_val, new_val, difference, num_golden)
 
 
@@ -132,15 +132,15 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
         contradiction_weight=old.data.contradiction_weight,
         shape=addition["shape"],
     )
-    loaded = of_whole_responses(loaded)
     if others := sorted({p.domain for p in loaded.preferences} - {domain}):
         raise ConfigError(f"--data holds rows of domain {', '.join(others)}; give the pairs of {domain!r} alone")
+    mine = left_to(old.recipe, Pairs(loaded.preferences, [], quarantine=loaded.quarantine))
     share = old.data.val_fraction
-    sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=old.seed)
+    sides = split_by_group(mine.train, {"train": 1 - share, "val": share}, seed=old.seed)
     assert_no_leak(pairs.train, sides["val"])
     assert_no_leak(sides["train"], pairs.val)
-    quarantine = [*pairs.quarantine, *loaded.quarantine]
-    missing = not_held_out(loaded.preferences, sides["val"])
+    quarantine = [*pairs.quarantine, *mine.quarantine]
+    missing = not_held_out(mine.train, sides["val"])
     report = {**pairs.report, "not_held_out": [*pairs.report.get("not_held_out", []), *missing]}
     return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], report, quarantine)
 
@@ -148,8 +148,10 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
 def _work(before: Scorer, config: RunConfig, domains: Sequence[str], pairs: Pairs, reporter: Reporter) -> Work:
     backbone = Backbone.load(config.backbone, pooling=before.card["backbone"]["pooling"])
     encoder = make_encoder(config, backbone)
+    config = settled(config, pairs.train)
+    recipe = find_recipe(config.recipe)
     torch.manual_seed(config.seed)
-    system = find_recipe(config.recipe)(before.system.config, backbone, domains)
+    system = recipe(recipe.Config.model_validate(config.system), backbone, domains)
     grow_into(system.saved_tensors(), before.system.saved_tensors())
     return Work(config, Path(config.out), system, encoder, pairs, domains, reporter)
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +186,12 @@ class Fit:
         """What each pair of `part` weighs in a sum that is divided by the number of the step's `rows`."""
         if not self.stage.experts:
             return torch.ones(len(part))
-        of_domain = Counter(self.train[r].domain for r in rows)
-        return torch.tensor([len(rows) / of_domain[self.train[r].domain] for r in part])
+        of_expert = Counter(self._expert_of(self.train[r]) for r in rows)
+        return torch.tensor([len(rows) / of_expert[self._expert_of(self.train[r])] for r in part])
+
+    def _expert_of(self, pair: EncodedPair) -> int:
+        """The number of the expert that a pair trains, where the stage holds several."""
+        return pair.domain if self.stage.expert_of is None else self.stage.expert_of(pair.preference)
 
     def _after_step(self, model: nn.Module) -> None:
         step = self.progress.step
@@ -245,6 +249,9 @@ class Fit:
 
     def _batch(self, pairs: Sequence[EncodedPair]) -> Any:
         batch = pair_batch(pairs, self.around.pad_id)
+        if self.stage.experts:
+            expert_B = torch.tensor([self._expert_of(pair) for pair in pairs])
+            batch = replace(batch, expert_N=torch.cat([expert_B, expert_B]))
         return batch.to(self.accelerator.device)
 
     @torch.no_grad()
@@ -304,8 +311,8 @@ class Fit:
         """Fit the expert's zero and unit on the raw rewards of evenly spaced training pairs, both responses."""
         if self.stage.standardize is not None:
             self._fit_zero_and_unit(self.stage.standardize, self.train)
-        for domain, standardize in enumerate(self.stage.standardizers):
-            self._fit_zero_and_unit(standardize, [pair for pair in self.train if pair.domain == domain])
+        for expert, standardize in enumerate(self.stage.standardizers):
+            self._fit_zero_and_unit(standardize, [pair for pair in self.train if self._expert_of(pair) == expert])
 
     def _fit_zero_and_unit(self, standardize: Standardize, train: Sequence[EncodedPair]) -> None:
         standardize.reset()

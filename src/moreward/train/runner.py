@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -43,7 +43,7 @@ from moreward.data.load import (
     assert_no_leak,
     check_domains,
     load_preferences,
-    of_whole_responses,
+    without_capabilities,
     write_quarantine,
 )
 from moreward.data.ratings import Ratings, divided, load_ratings
@@ -108,6 +108,15 @@ def _learned(preference: Preference) -> list[Any]:
     return [p.prompt, p.chosen, p.rejected, p.domain, p.margin, *rare]
 
 
+def left_to(recipe: str, pairs: Pairs) -> Pairs:
+    """The pairs that are for this recipe: where it has no use for those that judge one capability, they are put aside.
+    DataError where nothing else is left of a side."""
+    if find_recipe(recipe).uses_capabilities:
+        return pairs
+    (train, of_train), (val, of_val) = without_capabilities(pairs.train), without_capabilities(pairs.val)
+    return replace(pairs, train=train, val=val, quarantine=[*pairs.quarantine, *of_train, *of_val])
+
+
 def train(given: RunConfig | Mapping[str, Any], *, reporter: Reporter | None = None) -> Path:
     """Train a run; returns its folder. Given the folder of a run that was cut short, goes on with it.
 
@@ -128,7 +137,7 @@ def train_on(config: RunConfig, pairs: Pairs, *, reporter: Reporter | None = Non
     """As `train`, on pairs already in memory."""
     config = with_objectives(config, pairs.ratings)
     with open_run(config) as run:
-        return _train_in(run, config, pairs, reporter or Silent())
+        return _train_in(run, config, left_to(config.recipe, pairs), reporter or Silent())
 
 
 def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) -> Path:
@@ -137,6 +146,7 @@ def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) ->
     backbone = Backbone.load(config.backbone, pooling=config.pooling)
     encoder = make_encoder(config, backbone)
     recipe = find_recipe(config.recipe)
+    config = settled(config, pairs.train)
     torch.manual_seed(config.seed)
     system = recipe(recipe.Config.model_validate(config.system), backbone, domains)
     work = Work(config, run, system, encoder, pairs, domains, reporter)
@@ -144,6 +154,13 @@ def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) ->
     reports = work.fit(stages)
     work.write(reports)
     return run
+
+
+def settled(config: RunConfig, preferences: Sequence[Preference]) -> RunConfig:
+    """The configuration with what the recipe takes from the training pairs."""
+    recipe = find_recipe(config.recipe)
+    system = recipe.settle(recipe.Config.model_validate(config.system), preferences)
+    return config.model_copy(update={"system": system.model_dump(mode="json")})
 
 
 def read_pairs(config: RunConfig) -> Pairs:
@@ -160,19 +177,21 @@ def read_pairs(config: RunConfig) -> Pairs:
         "contradiction_weight": told.contradiction_weight,
         "use_margin": config.train.use_margin,
     }
-    loaded = of_whole_responses(load_preferences(list(told.train), **options))
-    report: dict[str, Any] = {"train": _told(loaded)}
+    loaded = load_preferences(list(told.train), **options)
+    mine = left_to(config.recipe, Pairs(loaded.preferences, [], quarantine=loaded.quarantine))
+    report: dict[str, Any] = {"train": _told(loaded, mine.train)}
     if told.val:
-        held_out = of_whole_responses(load_preferences(list(told.val), **options))
-        assert_no_leak(loaded.preferences, held_out.preferences)
-        report["val"] = _told(held_out)
-        sides = {"train": loaded.preferences, "val": held_out.preferences}
-        quarantine = [*loaded.quarantine, *held_out.quarantine]
+        others = load_preferences(list(told.val), **options)
+        held_out = left_to(config.recipe, Pairs([], others.preferences, quarantine=others.quarantine))
+        assert_no_leak(mine.train, held_out.val)
+        report["val"] = _told(others, held_out.val)
+        sides = {"train": mine.train, "val": held_out.val}
+        quarantine = [*mine.quarantine, *held_out.quarantine]
     else:
         share = told.val_fraction
-        sides = split_by_group(loaded.preferences, {"train": 1 - share, "val": share}, seed=config.seed)
-        quarantine = loaded.quarantine
-        report["not_held_out"] = not_held_out(loaded.preferences, sides["val"])
+        sides = split_by_group(mine.train, {"train": 1 - share, "val": share}, seed=config.seed)
+        quarantine = mine.quarantine
+        report["not_held_out"] = not_held_out(mine.train, sides["val"])
     ratings = Ratings()
     if told.ratings:
         ratings = divided(load_ratings(list(told.ratings), max_bad_share=told.max_bad_share), sides["val"])
@@ -194,14 +213,14 @@ def with_objectives(config: RunConfig, ratings: Ratings) -> RunConfig:
         return config
     return resolve({**config.model_dump(), "system": {**config.system, "objectives": list(found)}})
 
-
-def _told(loaded: Loaded) -> dict[str, Any]:
+def _told(loaded: Loaded, used: Sequence[Preference]) -> dict[str, Any]:
+    kinds = {p.capability for p in used}
     return {
         "rows": loaded.num_rows,
-        "pairs": len(loaded.preferences),
+        "pairs": len(used),
         "ties": loaded.num_ties,
         "duplicates": loaded.duplicates,
-        "contradictions": len(loaded.contradictions),
+        "contradictions": sum(first.capability in kinds for first, _ in loaded.contradictions),
         "skipped_files": list(map(str, loaded.skipped_files)),
     }
 
@@ -305,6 +324,9 @@ class Work:
         self.train = self._encode(pairs.train)
         self.val = self._encode(pairs.val)
         self.rated, lost = self._encode_rated(pairs.ratings)
+        self.remarks = system.meet([pair.preference for pair in self.train.pairs])
+        for sentence in self.remarks:
+            reporter.say(sentence)
         self.books = account(pairs.quarantine, [self.train, self.val])
         if self.accelerator.is_main_process:
             quarantine = [*pairs.quarantine, *self.train.quarantine, *self.val.quarantine]
@@ -453,6 +475,7 @@ class Work:
                 "train_pairs": _by_domain(self.train.pairs),
                 "val_pairs": _by_domain(self.val.pairs),
                 **self.books.to_json(),
+                "remarks": self.remarks,
                 "truncated": {"train": self.train.num_truncated, "val": self.val.num_truncated},
                 "standardised_on": "training pairs of each expert's stage, evenly spaced, both responses",
             },

@@ -1,0 +1,347 @@
+"""DMoERM with capability points: three phases per task, on tiny backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moreward.config import deviations, resolve
+from moreward.data.batches import Encoder, encode_pairs, pair_batch, side
+from moreward.data.formats import convert
+from moreward.errors import ConfigError, DataError
+from moreward.nn.backbone import Backbone, load_tokenizer
+from moreward.nn.losses import PairwiseLoss
+from moreward.scoring import Scorer, load
+from moreward.systems.dmoerm import BASELINE, DmoermConfig, Recipe
+from moreward.train.extend import extend
+from moreward.train.runner import Pairs, Work, train_on
+from moreward.types import Preference
+from train.test_together import Watched, fit_of
+from trained import card, write_pairs
+
+DOMAINS = ("long", "short")
+POINTS = ("size", "tone")
+RATES = {"full": 1e-3, "lora": 5e-3, "frozen": 1e-2}
+
+
+def labelled(pairs: Sequence[Preference], points: Sequence[str] = POINTS) -> list[Preference]:
+    """The pairs, and for each of the first prompts of a domain one that judges a point: the second the other way."""
+    of_points = [
+        replace(p if n % 2 == 0 else p.swapped(), capability=point, id=f"{p.id}/{point}")
+        for n, point in enumerate(points)
+        for p in pairs
+    ]
+    return [*pairs, *of_points]
+
+
+@pytest.fixture(scope="module")
+def run_of(
+    pairs: Sequence[Preference], tiny_backbone: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, list[Any]]]:
+    made: dict[Any, tuple[Path, list[Any]]] = {}
+
+    def get(tune: str, **system: Any) -> tuple[Path, list[Any]]:
+        key = (tune, *sorted(system.items()))
+        if key not in made:
+            made[key] = train_watched(
+                labelled(pairs), tiny_backbone("bert"), tmp_path_factory.mktemp(tune), tune, system
+            )
+        return made[key]
+
+    return get
+
+
+def train_watched(pairs: list[Preference], backbone: Path, out: Path, tune: str, system: dict[str, Any]):
+    """A short run, with what each stage found, was given and moved."""
+    config = resolve(
+        {
+            "recipe": "dmoerm",
+            "tune": tune,
+            "backbone": str(backbone),
+            "pooling": "mean",
+            "out": str(out / "run"),
+            "data": {"max_length": 96},
+            "train": {"epochs": 2, "batch_size": 8, "learning_rate": RATES[tune], "device": "cpu"},
+            "system": {"fusion_learning_rate": 1e-2, "rank": 4, **system},
+        }
+    )
+    seen, fit_stage = [], Work._fit_stage
+
+    def watched(work: Work, stage, *args):
+        before = {k: v.clone() for k, v in work.system.state_dict().items()}
+        report = fit_stage(work, stage, *args)
+        after = work.system.state_dict()
+        moved = {k for k in before if not torch.equal(before[k], after[k])}
+        mine = {id(p) for p in (*stage.learn, *stage.keep)}
+        for one in (stage.standardize, *stage.standardizers):
+            mine |= {id(b) for b in one.buffers()} if one is not None else set()
+        may = {k for k, v in work.system.state_dict(keep_vars=True).items() if id(v) in mine}
+        chosen = [p.preference for p in work.train.pairs if stage.select(p.preference)]
+        seen.append((stage.name, moved, may, chosen))
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "_fit_stage", watched)
+        return train_on(config, Pairs(pairs, [])), seen
+
+
+CASES = [("full", {}), ("lora", {}), ("frozen", {}), ("lora", {"fuse": "rewards"}), ("lora", {"train_together": True})]
+
+
+@pytest.mark.parametrize(("tune", "system"), CASES)
+def test_three_phases_each_move_what_they_may_and_see_what_is_theirs(tune, system, run_of) -> None:
+    _, seen = run_of(tune, **system)
+    inner = lambda d: [f"expert/{d}", f"point/{d}--size", f"point/{d}--tone", f"fusion/{d}"]  # noqa: E731
+    names = [*inner("long"), *inner("short"), "router"]
+    if system.get("train_together"):
+        names = ["expert/long", "expert/short", "points", "fusion/long", "fusion/short", "router"]
+    assert [name for name, *_ in seen] == names
+    chosen_by = {name: chosen for name, _, _, chosen in seen}
+    for name, moved, may, chosen in seen:
+        assert moved, name
+        assert moved <= may, (name, sorted(moved - may)[:3])
+        assert chosen, name
+        assert all(bool(p.capability) == name.startswith("point") for p in chosen), name
+    for domain in DOMAINS:
+        first, third = chosen_by[f"expert/{domain}"], chosen_by[f"fusion/{domain}"]
+        assert (len(first), len(third)) == (12, 8), "60 and 40 % of 20 pairs, of two to a prompt"
+        assert {p.prompt for p in first}.isdisjoint(p.prompt for p in third)
+
+
+@pytest.mark.parametrize(("tune", "system"), CASES)
+def test_an_explanation_sums_to_the_reward_and_names_every_point(tune, system, run_of, pairs) -> None:
+    scorer = load(run_of(tune, **system)[0], device="cpu")
+    items = [side(p, "chosen") for p in pairs[::5]]
+    plain = scorer.score(items)
+    for reward, alone in zip(scorer.score(items, explain=True), plain, strict=True):
+        assert reward.expert in DOMAINS
+        assert set(reward.expert_rewards) == set(DOMAINS)
+        assert list(reward.parts) == [*POINTS, BASELINE]
+        assert sum(reward.parts.values()) == pytest.approx(reward.reward, abs=1e-9)
+        assert list(reward.part_rewards) == list(POINTS)
+        assert reward.reward == pytest.approx(alone.reward, abs=1e-3)
+        assert (alone.parts, alone.part_rewards) == ({}, {})
+    assert len({r.parts[BASELINE].__round__(2) for r in scorer.score(items, explain=True)}) <= len(DOMAINS)
+
+
+@pytest.mark.parametrize(("tune", "system"), CASES)
+def test_rewards_do_not_depend_on_batch_mates_and_oracle_and_random_routers_work(tune, system, run_of, pairs) -> None:
+    scorer = load(run_of(tune, **system)[0], device="cpu")
+    items = [replace(side(p, which), domain=p.domain) for p in pairs[::7] for which in ("chosen", "rejected")]
+    together = [r.reward for r in scorer.score(items)]
+    assert together == pytest.approx([scorer.score([item])[0].reward for item in items], abs=2e-3)
+    for item, routed in zip(items, scorer.score_routes(items), strict=True):
+        spoken = scorer.score([item], explain=True)[0].expert_rewards
+        assert routed.oracle == pytest.approx(spoken[item.domain], abs=2e-3)
+
+
+def system_of(folder: Path, **settings: Any) -> Recipe:
+    torch.manual_seed(0)
+    told = {"capabilities": dict.fromkeys(DOMAINS, POINTS), "rank": 4, "dropout": 0.0, **settings}
+    system = Recipe(DmoermConfig(**told), Backbone.load(str(folder)), DOMAINS)
+    for backbone in system.backbones():
+        backbone.without_dropout()
+    return system
+
+
+def test_capability_experts_start_as_their_tasks_model(tiny_backbone, pairs) -> None:
+    for tune in ("full", "lora", "frozen"):
+        system = system_of(tiny_backbone("bert"), tune=tune).eval()
+        encoder = Encoder(load_tokenizer(str(tiny_backbone("bert"))), 96)
+        batch = pair_batch(encode_pairs(encoder, pairs[:4], DOMAINS, on_long="drop").pairs, 0)
+        with torch.no_grad():
+            for parameter in (*system.expert_parameters("long"), *system.expert_parameters("short")):
+                parameter.add_(torch.randn_like(parameter) * 0.05)  # as after phase 1
+            system._start(*system.points)
+            said = [system.members(batch, torch.full((8,), e)) for e in range(6)]
+        for expert, task in ((2, 0), (3, 0), (4, 1), (5, 1)):
+            torch.testing.assert_close(said[expert], said[task])
+        assert not torch.allclose(said[0], said[1])
+
+
+def test_all_experts_of_all_rows_run_in_one_pass(tiny_backbone, pairs) -> None:
+    system = system_of(tiny_backbone("bert")).eval()
+    encoder = Encoder(load_tokenizer(str(tiny_backbone("bert"))), 96)
+    batch = pair_batch(encode_pairs(encoder, pairs[:3], DOMAINS, on_long="drop").pairs, 0)
+    backbone, calls = system.backbones()[0], []
+    backbone.register_forward_hook(lambda _m, given, _out: calls.append(given[2].tolist()))
+    system.routed.experts(batch, torch.tensor([0, 1, 0, 1, 1, 0]))
+    assert calls == [[2, 3, 4, 5, 2, 3, 4, 5, 4, 5, 2, 3]]
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_training_points_together_gives_each_the_gradient_of_training_it_alone(tune, tiny_backbone, pairs, tmp_path):
+    encoder = Encoder(load_tokenizer(str(tiny_backbone("bert"))), 128)
+    some = [p for p in labelled(pairs) if p.capability]
+    some = [p for n, p in enumerate(some) if n % 7 in (0, 1, 4)]  # not the same number of each
+    rows = encode_pairs(encoder, some, DOMAINS, on_long="truncate").pairs
+    settings = {"max_grad_norm": 0.05, "accumulate": 2}
+
+    def stages(together: bool) -> tuple[Recipe, list[Any]]:
+        system = system_of(tiny_backbone("bert"), tune=tune, train_together=together)
+        for backbone in (b for b in system.backbones() if b.bank is not None):
+            for name in backbone.bank.names:
+                for matrix in backbone.bank.adapters[name].B.values():
+                    torch.nn.init.normal_(matrix, std=0.05)
+        assert system.meet([*pairs, *some]) == []
+        return system, [s for s in system.stages(PairwiseLoss()) if s.name.startswith("point")]
+
+    system, (stage,) = stages(together=True)
+    joint: Watched = fit_of(system, stage, rows, tmp_path / "together", **settings)
+    for number in range(4):
+        system, alone_stages = stages(together=False)
+        stage = alone_stages[number]
+        mine = [row for row in rows if stage.select(row.preference)]
+        alone = fit_of(system, stage, mine, tmp_path / f"{number}", **settings)
+        assert alone.raw
+        largest = max(float(g.abs().max()) for g in alone.raw.values())
+        for kind in ("raw", "clipped"):
+            for name, grad in getattr(alone, kind).items():
+                assert float((getattr(joint, kind)[name] - grad).abs().max()) <= 5e-5 * largest, name
+        assert alone.raw.keys() < joint.raw.keys()
+
+
+def test_experts_stand_still_while_the_fusion_learns(tiny_backbone, pairs) -> None:
+    system = system_of(tiny_backbone("bert"), dropout=0.5)
+    system.meet(labelled(pairs))
+    stage = next(s for s in system.stages(PairwiseLoss()) if s.name == "fusion/long")
+    stage.module.train()
+    assert stage.module.training
+    assert system.routed.experts.fusions["long"].training
+    assert not any(module.training for module in system.members.modules())
+    system.train()
+    assert all(module.training for module in system.members.modules()), "the next stage has its dropout"
+
+
+def test_capability_experts_that_are_adapters_are_peft_directories(run_of) -> None:
+    folder = run_of("lora")[0] / "model" / "experts"
+    assert {d.name for d in folder.iterdir()} == {*DOMAINS, *(f"{d}--{p}" for d in DOMAINS for p in POINTS)}
+    assert not (run_of("full")[0] / "model" / "experts").exists()
+
+
+def test_a_task_is_added_with_its_points_and_the_old_ones_do_not_move(tmp_path, tiny_backbone, pairs) -> None:
+    from moreward.train.runner import train
+
+    old = write_labelled(tmp_path / "old.jsonl", labelled(pairs))
+    asking = [replace(p, domain="asking", prompt=f"May I ask: {p.prompt}") for p in pairs[:20]]
+    new = write_labelled(tmp_path / "new.jsonl", labelled(asking, ["courtesy"]))
+    given = {
+        "recipe": "dmoerm",
+        "backbone": str(tiny_backbone("bert")),
+        "out": str(tmp_path / "run"),
+        "data": {"train": str(old), "max_length": 96, "val_fraction": 0.2},
+        "train": {"epochs": 1, "learning_rate": 5e-3, "device": "cpu"},
+    }
+    run = train(given)
+    grown = extend(run, "asking", [str(new)], out=tmp_path / "grown")
+    assert grown.golden_difference == 0.0
+    assert card(grown.run)["config"]["system"]["capabilities"] == {
+        "asking": ["courtesy"],
+        **{d: list(POINTS) for d in DOMAINS},
+    }
+    reward = load(grown.run, device="cpu").score([side(asking[0], "chosen")], explain=True)[0]
+    assert set(reward.expert_rewards) == {*DOMAINS, "asking"}
+
+
+def write_labelled(path: Path, pairs: Sequence[Preference]) -> Path:
+    import json
+
+    write_pairs(path, pairs)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [{**json.loads(line), "capability": p.capability} for line, p in zip(lines, pairs, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_points_are_those_configured_and_else_those_of_the_data(pairs) -> None:
+    rows = labelled(pairs)
+    assert Recipe.settle(DmoermConfig(), rows).capabilities == dict.fromkeys(DOMAINS, POINTS)
+    told = DmoermConfig(points={"long": {"tone": "How it sounds."}})
+    assert Recipe.settle(told, rows).capabilities == {"long": ("tone",), "short": POINTS}
+    assert (
+        len(Recipe.settle(DmoermConfig(points="dmoerm"), [replace(pairs[0], domain="chat")]).capabilities["chat"]) == 5
+    )
+    with pytest.raises(ConfigError, match=r"gone\.yaml"):
+        Recipe.settle(DmoermConfig(points="gone.yaml"), rows)
+
+
+def test_what_the_points_lack_is_all_told_before_training(tiny_backbone, pairs) -> None:
+    system = system_of(tiny_backbone("bert"), capabilities={"long": (*POINTS, "wit"), "short": ("size",)})
+    whole = [p for p in pairs if p.domain == "long"][:1]
+    of_points = [p for p in labelled(pairs) if p.capability]
+    remarks = system.meet([*whole, *of_points])
+    assert remarks == ["short: 20 pairs not used: tone is none of its points"]
+    with pytest.raises(DataError) as told:
+        system.stages(PairwiseLoss())
+    assert "domain long: no pair judges its point wit" in str(told.value)
+    assert "domain long: no pair of the whole response is left" in str(told.value)
+    assert "domain short: no pair of the whole response is left" in str(told.value)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.25])
+def test_phases_1_and_3_share_a_tasks_prompts_in_the_named_fractions(share, tiny_backbone, pairs) -> None:
+    many = [
+        replace(p, prompt=f"{n} {p.prompt}", id=f"{n}/{p.id}")
+        for n in range(5)
+        for p in pairs
+        for _ in range(1 + n % 3)
+    ]
+    system = system_of(tiny_backbone("bert"), task_share=share)
+    system.meet([*many, *(p for p in labelled(pairs) if p.capability)])
+    for domain in DOMAINS:
+        shares, mine = system.shares[domain], [p for p in many if p.domain == domain]
+        largest = 6  # pairs of one prompt
+        assert len(shares.first) + len(shares.third) == len({id(p) for p in mine})
+        assert abs(len(shares.first) - share * len(mine)) <= largest
+        prompts = [{p.prompt for p in one.values()} for one in (shares.first, shares.third)]
+        assert prompts[0].isdisjoint(prompts[1])
+
+
+def test_a_ranked_row_becomes_all_its_pairs_with_rank_1_best_and_ties_skipped() -> None:
+    said = {"a": 2, "b": 1, "c": 2, "d": 3}
+    completions = [{"rank": r, "completion": [{"role": "assistant", "content": c}]} for c, r in said.items()]
+    row = {"context": [{"role": "user", "content": "Q"}], "completions": completions, "capability": "tone"}
+    made = convert(row)
+    words = {(p.chosen[-1]["content"], p.rejected[-1]["content"]) for p in made}
+    assert words == {("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d")}
+    assert {p.capability for p in made} == {"tone"}
+
+
+def test_equal_states_are_refused_and_the_papers_settings_hold() -> None:
+    with pytest.raises(ConfigError, match="fuse=states on a frozen backbone needs head=mlp"):
+        resolve({"recipe": "dmoerm", "tune": "frozen", "system": {"head": "linear"}})
+    paper = resolve({"recipe": "dmoerm", "preset": "paper"})
+    told = paper.system
+    assert (told["rank"], told["alpha"], told["dropout"], tuple(told["targets"])) == (
+        32,
+        32,
+        0.05,
+        ("q_proj", "v_proj"),
+    )
+    assert [told[f"{n}_learning_rate"] for n in ("task", "point", "fusion", "router")] == [1e-7, 5e-5, 1e-6, 1e-5]
+    assert deviations(paper) == []
+
+
+def test_the_papers_shape_has_an_adapter_per_point_on_a_model_per_task(tiny_backbone, pairs) -> None:
+    system = system_of(tiny_backbone("qwen2"), tune="full", rank=32, targets=("q_proj", "v_proj"))
+    assert len(system.backbones()) == 3, "one a task, and the router's"
+    assert all(b.bank.names == [f"{d}--{p}" for p in POINTS] for d, b in zip(DOMAINS, own(system), strict=True))
+    assert {n.rsplit(".", 1)[-1] for n in own(system)[0].bank.shapes} == {"q_proj", "v_proj"}
+    active = system.num_active_parameters()
+    router, task = sum(p.numel() for p in system.routed.router.parameters()), system._task_parameters(0)
+    assert active == router + sum(p.numel() for p in task)
+
+
+def own(system: Recipe) -> list[Any]:
+    return list(system.members.backbones.values())
+
+
+def test_scorer_is_what_evaluation_enters(run_of) -> None:
+    scorer: Scorer = load(run_of("lora")[0], device="cpu")
+    assert scorer.experts == DOMAINS
+    assert card(run_of("lora")[0])["data"]["remarks"] == []
