@@ -77,9 +77,9 @@ def score_file(
     A row is `{"prompt", "response"}` (text or list of turns each) or `{"messages"}` whose last turn is the
     response, with `id`, `domain`, `tools` and `chat_template_kwargs` where it has them. Its line of output is
     `{"id", "row", "reward", "expert", "weights", "num_tokens", "truncated"}`, with `explain` also
-    `expert_rewards` and, where rewards are sums of parts, `parts` and `part_rewards`, with `uncertainty` also that; where
-    the scorer abstains `reward` is null and `abstained` the reason; or it is `{"id", "row", "error": {"code",
-    "message"}}`. `row` is the line number in `source`, and the id of rows without one.
+    `expert_rewards` and, where rewards are sums of parts, `parts` and what each of them says, `part_rewards`; with
+    `uncertainty` also that; where the scorer abstains `reward` is null and `abstained` the reason; or it is `{"id",
+    "row", "error": {"code", "message"}}`. `row` is the line number in `source`, and the id of rows without one.
 
     The source is read to count and check its rows before the model works, and again to score them. Progress is
     kept in `<target>.partial` and `<target>.progress.json` until the end; `progress` is told rows done and rows

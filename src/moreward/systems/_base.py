@@ -260,10 +260,6 @@ class GatedSystem(System):
         """What a domain that comes later takes: its expert, and the router again. No old expert may move."""
         return [*self.expert_stages(domain, pairwise), self.router_stage()]
 
-    def expert_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
-        """All that makes the expert of one domain."""
-        return [self.expert_stage(domain, pairwise)]
-
     def expert_stage(self, domain: str, pairwise: Objective) -> Stage:
         index = self.domains.index(domain)
         name = self.expert_names[index]
@@ -283,8 +279,8 @@ class GatedSystem(System):
 
 
 class RoutedSystem(GatedSystem):
-    """What RODOS, ARLISS and DMoERM share: experts that have nothing in common but a frozen backbone, each with stages of
-    its own."""
+    """What RODOS, ARLISS and DMoERM share: experts that have nothing in common but a frozen backbone, each with stages
+    of its own."""
 
     def stages(self, pairwise: Objective) -> list[Stage]:
         experts = [stage for domain in self.domains for stage in self.expert_stages(domain, pairwise)]

@@ -213,6 +213,7 @@ def with_objectives(config: RunConfig, ratings: Ratings) -> RunConfig:
         return config
     return resolve({**config.model_dump(), "system": {**config.system, "objectives": list(found)}})
 
+
 def _told(loaded: Loaded, used: Sequence[Preference]) -> dict[str, Any]:
     kinds = {p.capability for p in used}
     return {
