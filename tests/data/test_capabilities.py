@@ -85,40 +85,6 @@ def test_rows_of_capabilities_are_put_aside_once_each_with_their_place(tmp_path:
     assert [(row.line, row.reason, row.domain) for row in aside] == [(4, "capability", "a"), (5, "capability", "a")]
 
 
-def test_other_recipes_train_as_if_rows_of_capabilities_were_not_there_and_say_how_many(
-    tmp_path, tiny_backbone, pairs
-) -> None:
-    from moreward.train.runner import train
-    from moreward.train.track import Silent
-    from trained import card, given, weights, write_pairs
-
-    class Said(Silent):
-        def __init__(self) -> None:
-            self.sentences: list[str] = []
-
-        def say(self, sentence: str) -> None:
-            self.sentences.append(sentence)
-
-    said = Said()
-    plain = write_pairs(tmp_path / "plain.jsonl", pairs[::4])
-    text = plain.read_text(encoding="utf-8")
-    rows = [{**json.loads(line), "capability": "wit", "id": "x"} for line in text.splitlines()[:3]]
-    more = tmp_path / "more.jsonl"
-    more.write_text(text + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    runs = [
-        train(given("baseline", tiny_backbone("bert"), data, tmp_path / data.stem, "tune=frozen"), reporter=said)
-        for data in (plain, more)
-    ]
-    assert said.sentences == ["3 pairs left out: they judge one capability, which baseline does not use"]
-    told = [card(run)["data"] for run in runs]
-    assert "capability_pairs_left_out" not in told[0]
-    assert told[1]["capability_pairs_left_out"] == 3
-    assert told[1]["rows_read"] == told[0]["rows_read"] + 3
-    assert sum(reasons.get("capability", 0) for reasons in told[1]["not_used"].values()) == 3
-    assert told[0]["data_sha256"] == told[1]["data_sha256"]
-    assert all(bool((a == b).all()) for a, b in zip(weights(runs[0]).values(), weights(runs[1]).values(), strict=True))
-
-
 def test_generated_pairs_say_which_response_shows_more_of_a_capability() -> None:
     pairs = generate(30, seed=1)
     clean = capability_pairs(pairs)
