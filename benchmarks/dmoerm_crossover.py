@@ -1,6 +1,6 @@
 """When a double layer pays: DMoERM beside a single model on pairs whose capabilities are known, at several sizes.
 
-    python -m benchmarks.dmoerm_crossover --pairs 1600 8000 --seeds 3 --out runs/crossover
+    python -m benchmarks.dmoerm_crossover --pairs 200 1600 --seeds 3
 
 A response is a bag of words; each of a task's four capabilities reads its words in its own way, partly as other tasks
 do; its level bends (tanh), and the true reward is the sum of four levels. Labels of the whole are right in 70 % of the
@@ -37,8 +37,8 @@ RIGHT_WHOLE, RIGHT_POINT = 0.70, 0.85
 RECIPES: dict[str, dict[str, Any]] = {
     "single": {"recipe": "baseline"},
     "routed": {"recipe": "arliss"},
-    "dmoerm, states": {"recipe": "dmoerm"},
-    "dmoerm, rewards": {"recipe": "dmoerm", "system": {"fuse": "rewards", "fusion_learning_rate": 1e-2}},
+    "dmoerm-states": {"recipe": "dmoerm"},
+    "dmoerm-rewards": {"recipe": "dmoerm", "system": {"fuse": "rewards", "fusion_learning_rate": 1e-2}},
 }
 
 
@@ -139,10 +139,10 @@ def accuracy(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[1600, 8000], help="of the whole, over all tasks")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[200, 400, 1600, 8000], help="of the whole, in all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/dmoerm-crossover"))
     told = parser.parse_args()
     backbone = make_backbone(told.out / "backbone")
     for num in told.pairs:

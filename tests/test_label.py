@@ -25,8 +25,9 @@ from moreward import cli
 from moreward.data.judge.cache import Cache
 from moreward.data.load import load_preferences
 from moreward.scoring import load
+from moreward.train.runner import train
 from moreward.types import Preference
-from trained import trained
+from trained import card, given, trained
 
 Tiny = Callable[[str], Path]
 Label = Callable[..., Any]
@@ -98,6 +99,33 @@ def test_a_good_judge_labels_every_pair_and_the_labels_are_preferences(tmp_path:
         12, 24, 1.0, 0.5, 1.0,
     )  # fmt: skip
     assert told["as_given"] == {"pairs": 12, "share": 1.0}
+
+
+def test_what_a_judge_labels_trains_an_expert_for_each_point(tmp_path: Path, label: Label, tiny_backbone: Tiny) -> None:
+    mine = [  # texts that the tiny tokenizer tells apart: it knows no numbers
+        {
+            **row,
+            "chosen": f"{row['chosen']}{' and so on' * n} indeed",
+            "rejected": f"{row['rejected']}{' and so on' * n}",
+        }
+        for n, row in enumerate(rows(10))
+    ]
+    source = write_rows(tmp_path / "in.jsonl", mine)
+    with serving(good) as server:
+        assert label(source, url=server.url).code == 0
+    others = [{**row, "prompt": f"Elsewhere: {row['prompt']}", "domain": "other"} for row in mine]
+    write_rows(tmp_path / "other.jsonl", others)
+    both = [str(source), str(tmp_path / "other.jsonl"), str(tmp_path / "labels.jsonl")]
+    run = train(
+        given("dmoerm", tiny_backbone("bert"), None, tmp_path / "run", "tune=frozen", f"data.train=[{', '.join(both)}]")
+    )
+    assert card(run)["config"]["system"]["capabilities"] == {"chat": ["empathy", "logic"], "other": []}
+    seen = {stage["stage"]: stage["pairs"] + stage["val_pairs"] for stage in card(run)["stages"]}
+    assert (seen["point/chat--empathy"], seen["point/chat--logic"]) == (10, 10)
+    assert seen["expert/other"] == 10
+    rewards = load(run, device="cpu").score([("Question 3?", f"reply {n}") for n in range(3)], explain=True)
+    for reward in rewards:
+        assert sum(reward.parts.values()) == pytest.approx(reward.reward if reward.expert == "chat" else 0)
 
 
 def test_repeating_is_free_and_gives_the_same_bytes(tmp_path: Path, label: Label) -> None:

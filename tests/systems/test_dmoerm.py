@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moreward.config import deviations, resolve
 from moreward.data.batches import Encoder, encode_pairs, pair_batch, side
 from moreward.data.formats import convert
 from moreward.errors import ConfigError, DataError
+from moreward.evals.accuracy import evaluate
 from moreward.nn.backbone import Backbone, load_tokenizer
 from moreward.nn.losses import PairwiseLoss
 from moreward.scoring import Scorer, load
 from moreward.systems.dmoerm import BASELINE, DmoermConfig, Recipe
 from moreward.train.extend import extend
 from moreward.train.runner import Pairs, Work, train_on
-from moreward.types import Preference
+from moreward.types import Preference, RoutedReward
 from train.test_together import Watched, fit_of
-from trained import card, write_pairs
+from trained import card, weights, write_pairs
 
 DOMAINS = ("long", "short")
 POINTS = ("size", "tone")
@@ -66,7 +69,7 @@ def train_watched(pairs: list[Preference], backbone: Path, out: Path, tune: str,
             "pooling": "mean",
             "out": str(out / "run"),
             "data": {"max_length": 96},
-            "train": {"epochs": 2, "batch_size": 8, "learning_rate": RATES[tune], "device": "cpu"},
+            "train": {"epochs": 1, "batch_size": 8, "learning_rate": RATES[tune], "device": "cpu"},
             "system": {"fusion_learning_rate": 1e-2, "rank": 4, **system},
         }
     )
@@ -90,7 +93,7 @@ def train_watched(pairs: list[Preference], backbone: Path, out: Path, tune: str,
         return train_on(config, Pairs(pairs, [])), seen
 
 
-CASES = [("full", {}), ("lora", {}), ("frozen", {}), ("lora", {"fuse": "rewards"}), ("lora", {"train_together": True})]
+CASES = [("full", {}), ("frozen", {}), ("lora", {"fuse": "rewards"}), ("lora", {"train_together": True})]
 
 
 @pytest.mark.parametrize(("tune", "system"), CASES)
@@ -105,6 +108,8 @@ def test_three_phases_each_move_what_they_may_and_see_what_is_theirs(tune, syste
     for name, moved, may, chosen in seen:
         assert moved, name
         assert moved <= may, (name, sorted(moved - may)[:3])
+        if name.startswith(("expert", "point/")):
+            assert any(f".heads.{name.partition('/')[2]}.layers." in k for k in moved), name
         assert chosen, name
         assert all(bool(p.capability) == name.startswith("point") for p in chosen), name
     for domain in DOMAINS:
@@ -219,26 +224,19 @@ def test_experts_stand_still_while_the_fusion_learns(tiny_backbone, pairs) -> No
 
 
 def test_capability_experts_that_are_adapters_are_peft_directories(run_of) -> None:
-    folder = run_of("lora")[0] / "model" / "experts"
+    folder = run_of("lora", fuse="rewards")[0] / "model" / "experts"
     assert {d.name for d in folder.iterdir()} == {*DOMAINS, *(f"{d}--{p}" for d in DOMAINS for p in POINTS)}
     assert not (run_of("full")[0] / "model" / "experts").exists()
 
 
-def test_a_task_is_added_with_its_points_and_the_old_ones_do_not_move(tmp_path, tiny_backbone, pairs) -> None:
-    from moreward.train.runner import train
-
-    old = write_labelled(tmp_path / "old.jsonl", labelled(pairs))
+def test_a_task_is_added_with_its_points_and_the_old_ones_do_not_move(tmp_path, run_of, pairs) -> None:
+    old = write_pairs(tmp_path / "old.jsonl", labelled(pairs))
     asking = [replace(p, domain="asking", prompt=f"May I ask: {p.prompt}") for p in pairs[:20]]
-    new = write_labelled(tmp_path / "new.jsonl", labelled(asking, ["courtesy"]))
-    given = {
-        "recipe": "dmoerm",
-        "backbone": str(tiny_backbone("bert")),
-        "out": str(tmp_path / "run"),
-        "data": {"train": str(old), "max_length": 96, "val_fraction": 0.2},
-        "train": {"epochs": 1, "learning_rate": 5e-3, "device": "cpu"},
-    }
-    run = train(given)
-    grown = extend(run, "asking", [str(new)], out=tmp_path / "grown")
+    new = write_pairs(tmp_path / "new.jsonl", labelled(asking, ["courtesy"]))
+    run, _ = run_of("lora", fuse="rewards")
+    grown = extend(run, "asking", [str(new)], old_data=[str(old)], out=tmp_path / "grown")
+    assert not any(p.capability for p in (*grown.old_val, *grown.new_val))
+    assert grown.new_val
     assert grown.golden_difference == 0.0
     assert card(grown.run)["config"]["system"]["capabilities"] == {
         "asking": ["courtesy"],
@@ -248,14 +246,75 @@ def test_a_task_is_added_with_its_points_and_the_old_ones_do_not_move(tmp_path, 
     assert set(reward.expert_rewards) == {*DOMAINS, "asking"}
 
 
-def write_labelled(path: Path, pairs: Sequence[Preference]) -> Path:
-    import json
+def test_a_run_killed_between_phases_goes_on_and_ends_with_the_same_bits(
+    run_of, pairs, tiny_backbone, tmp_path
+) -> None:
+    whole, seen = run_of("frozen")
+    left, fit_stage = [name for name, *_ in seen][:3], Work._fit_stage
 
-    write_pairs(path, pairs)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [{**json.loads(line), "capability": p.capability} for line, p in zip(lines, pairs, strict=True)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    def cut(work: Work, stage, *args):
+        if not left:
+            raise KeyboardInterrupt
+        assert stage.name == left.pop(0)
+        return fit_stage(work, stage, *args)
+
+    config = resolve({**card(whole)["config"], "out": str(tmp_path / "run")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "_fit_stage", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train_on(config, Pairs(labelled(pairs), []))
+    again = train_on(config, Pairs(labelled(pairs), []))
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+
+
+@pytest.mark.parametrize(("tune", "system"), CASES)
+def test_a_saved_run_gives_the_rewards_that_it_gave_when_it_was_trained(tune, system, run_of) -> None:
+    assert load(run_of(tune, **system)[0], device="cpu").check_golden() == 0.0
+
+
+def test_every_task_starts_from_the_pretrained_tensors(tiny_backbone) -> None:
+    stored = load_file(tiny_backbone("bert") / "model.safetensors")
+    for backbone in system_of(tiny_backbone("bert"), tune="full").backbones():
+        tensors = backbone.model.state_dict()
+        assert len(backbone.pretrained) > 20
+        for name in backbone.pretrained:
+            assert torch.equal(tensors[name], stored.get(name, stored.get(f"bert.{name}"))), name
+
+
+def test_names_and_starts_of_adapters_do_not_depend_on_the_order_of_points(tiny_backbone) -> None:
+    for tune in ("full", "lora"):
+        orders = [dict.fromkeys(DOMAINS, points) for points in (POINTS, POINTS[::-1])]
+        first, second = (system_of(tiny_backbone("bert"), tune=tune, capabilities=one).state_dict() for one in orders)
+        assert first.keys() == second.keys()
+        adapters = [name for name in first if "--" in name and "heads" not in name]
+        assert adapters
+        assert all(torch.equal(first[name], second[name]) for name in adapters)
+
+
+def test_rows_of_the_router_of_tasks_and_of_points_in_one_forward_equal_them_apart(tiny_backbone, pairs) -> None:
+    system = system_of(tiny_backbone("bert")).eval()
+    (backbone,) = system.backbones()
+    for adapter in backbone.bank.adapters.values():
+        for matrix in adapter.B.values():
+            torch.nn.init.normal_(matrix, std=0.05)
+    encoder = Encoder(load_tokenizer(str(tiny_backbone("bert"))), 96)
+    batch = pair_batch(encode_pairs(encoder, pairs[:3], DOMAINS, on_long="drop").pairs, 0)
+    member_N = torch.arange(6)  # two tasks, four points
+    prompts = (batch.prompt_ids_PT, batch.prompt_mask_PT)
+    missing = batch.ids_NT.shape[1] - prompts[0].shape[1]
+    wide = [torch.nn.functional.pad(one, (0, missing)) for one in prompts]
+    router_P = torch.full((len(prompts[0]),), system.routed.router.adapter)
+
+    both = [torch.cat(one) for one in zip(wide, (batch.ids_NT, batch.mask_NT), strict=True)]
+    together = backbone(*both, torch.cat([router_P, member_N]))
+    apart = torch.cat([backbone(*prompts, router_P), system.members.read(batch, member_N)])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(apart.shape, generator=torch.Generator().manual_seed(1))
+    learned = list(backbone.bank.parameters())
+    grads = [torch.autograd.grad((one * weight).sum(), learned) for one in (together, apart)]
+    for name, a, b in zip(dict(backbone.bank.named_parameters()), *grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert all(float(g.abs().max()) > 0 for g in grads[0])
 
 
 def test_points_are_those_configured_and_else_those_of_the_data(pairs) -> None:
@@ -307,9 +366,32 @@ def test_a_ranked_row_becomes_all_its_pairs_with_rank_1_best_and_ties_skipped() 
     completions = [{"rank": r, "completion": [{"role": "assistant", "content": c}]} for c, r in said.items()]
     row = {"context": [{"role": "user", "content": "Q"}], "completions": completions, "capability": "tone"}
     made = convert(row)
-    words = {(p.chosen[-1]["content"], p.rejected[-1]["content"]) for p in made}
-    assert words == {("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d")}
+    assert words_of(made) == {("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d")}
     assert {p.capability for p in made} == {"tone"}
+    for order in permutations(completions):
+        assert words_of(convert({**row, "completions": list(order)})) == words_of(made)
+
+
+def test_the_negated_rank_gets_every_pair_of_a_ranked_row_right_and_the_rank_none() -> None:
+    completions = [{"rank": r, "completion": [{"role": "assistant", "content": str(r)}]} for r in (3, 1, 2, 2)]
+    made = [
+        replace(p, domain="d")
+        for p in convert({"context": [{"role": "user", "content": "Q"}], "completions": completions})
+    ]
+    for sign, accuracy in ((-1.0, 1.0), (1.0, 0.0)):
+        chosen, rejected = (
+            [RoutedReward(reward=sign * float(words[side])) for words in map(words_in, made)] for side in (0, 1)
+        )
+        measures = evaluate(made, chosen, rejected).micro
+        assert (measures.accuracy, measures.num_pairs) == (accuracy, 5)
+
+
+def words_in(preference: Preference) -> tuple[str, str]:
+    return preference.chosen[-1]["content"], preference.rejected[-1]["content"]
+
+
+def words_of(preferences: Sequence[Preference]) -> set[tuple[str, str]]:
+    return set(map(words_in, preferences))
 
 
 def test_equal_states_are_refused_and_the_papers_settings_hold() -> None:
@@ -342,6 +424,6 @@ def own(system: Recipe) -> list[Any]:
 
 
 def test_scorer_is_what_evaluation_enters(run_of) -> None:
-    scorer: Scorer = load(run_of("lora")[0], device="cpu")
+    scorer: Scorer = load(run_of("lora", fuse="rewards")[0], device="cpu")
     assert scorer.experts == DOMAINS
-    assert card(run_of("lora")[0])["data"]["remarks"] == []
+    assert card(run_of("lora", fuse="rewards")[0])["data"]["remarks"] == []

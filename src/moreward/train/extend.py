@@ -86,9 +86,9 @@ def extend(
         reports = work.fit(work.system.new_domain_stages(domain, work.pairwise))
         work.write(reports, parent={"run": str(parent), "model": before.identity}, additions=additions)
     difference, num_golden = _golden_difference(before, load(config.out, backbone=backbone))
-    new_val = [p for p in pairs.val if p.domain == domain and p.token_ids is None]
+    new_val = [p for p in pairs.val if p.domain == domain and p.token_ids is None and not p.capability]
     old_val = [] if old_data and not old.data.val else old_pairs.val  # without files of their own, they were trained on
-    old_val = [p for p in old_val if p.token_ids is None]
+    old_val = [p for p in old_val if p.token_ids is None and not p.capability]
     return Extension(Path(config.out), parent, domain, old_val, new_val, difference, num_golden)
 
 
