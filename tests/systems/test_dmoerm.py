@@ -121,9 +121,9 @@ def test_three_phases_each_move_what_they_may_and_see_what_is_theirs(tune, syste
 @pytest.mark.parametrize(("tune", "system"), CASES)
 def test_an_explanation_sums_to_the_reward_and_names_every_point(tune, system, run_of, pairs) -> None:
     scorer = load(run_of(tune, **system)[0], device="cpu")
-    items = [side(p, "chosen") for p in pairs[::5]]
-    plain = scorer.score(items)
-    for reward, alone in zip(scorer.score(items, explain=True), plain, strict=True):
+    items = [side(p, "chosen") for p in pairs[::8]]
+    plain, explained = scorer.score(items), scorer.score(items, explain=True)
+    for reward, alone in zip(explained, plain, strict=True):
         assert reward.expert in DOMAINS
         assert set(reward.expert_rewards) == set(DOMAINS)
         assert list(reward.parts) == [*POINTS, BASELINE]
@@ -131,13 +131,13 @@ def test_an_explanation_sums_to_the_reward_and_names_every_point(tune, system, r
         assert list(reward.part_rewards) == list(POINTS)
         assert reward.reward == pytest.approx(alone.reward, abs=1e-3)
         assert (alone.parts, alone.part_rewards) == ({}, {})
-    assert len({r.parts[BASELINE].__round__(2) for r in scorer.score(items, explain=True)}) <= len(DOMAINS)
+    assert len({round(r.parts[BASELINE], 2) for r in explained}) == len({r.expert for r in explained})
 
 
 @pytest.mark.parametrize(("tune", "system"), CASES)
 def test_rewards_do_not_depend_on_batch_mates_and_oracle_and_random_routers_work(tune, system, run_of, pairs) -> None:
     scorer = load(run_of(tune, **system)[0], device="cpu")
-    items = [replace(side(p, which), domain=p.domain) for p in pairs[::7] for which in ("chosen", "rejected")]
+    items = [replace(side(p, which), domain=p.domain) for p in pairs[::14] for which in ("chosen", "rejected")]
     together = [r.reward for r in scorer.score(items)]
     assert together == pytest.approx([scorer.score([item])[0].reward for item in items], abs=2e-3)
     for item, routed in zip(items, scorer.score_routes(items), strict=True):
