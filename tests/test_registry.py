@@ -43,7 +43,7 @@ def test_every_file_is_a_recipe_under_its_name() -> None:
 
 def test_an_unknown_recipe_is_told_with_the_nearest_name() -> None:
     with pytest.raises(
-        ConfigError, match=r"unknown recipe 'roddos'\. Did you mean 'rodos'\? Known: .*arliss, .*rodos\."
+        ConfigError, match=r"unknown recipe 'roddos'\. Did you mean 'rodos'\? Known: .*arliss, .*rodos, "
     ):
         find_recipe("roddos")
 
