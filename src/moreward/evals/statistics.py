@@ -145,8 +145,7 @@ def power(difference: float, error: float, *, num_pairs: int, num_groups: int, a
 def clustered_error(gain_B: Floats, rows: Rows) -> tuple[list[float], float]:
     """Standard error of the mean gain in each domain and in the mean of domains, from the variance between groups.
 
-    As in `difference_interval`, one more pair won or lost is added, so systems that never differ are not equal beyond
-    doubt.
+    One more pair won or lost is added, so systems that never differ are not equal beyond doubt.
     """
     errors, variance, num_domains = [], 0.0, rows.num_domains
     mean_D = np.bincount(rows.domain_B, gain_B) / np.bincount(rows.domain_B)
@@ -156,7 +155,7 @@ def clustered_error(gain_B: Floats, rows: Rows) -> tuple[list[float], float]:
         sum_G, size_G = group_sums(gain_B[here], rows.group_B[here])
         num_groups = len(size_G)
         few = num_groups / max(1, num_groups - 1)
-        added = np.square(size_G).mean() / size_G.sum() ** 2
+        added = 1 / size_G.sum() ** 2
         own = np.square(sum_G - mean_D[d] * size_G).sum() * few / size_G.sum() ** 2
         errors.append(float(np.sqrt(own + added)))
         residual_B = (gain_B[here] - mean_D[d]) / (size_G.sum() * num_domains) * np.sqrt(few)
