@@ -107,7 +107,7 @@ def notes(findings: Findings) -> list[str]:
     flagged = {d: f for d, f in findings.flags.items() if f}
     found = [
         f"Test pairs: {pairs}; the same for every system and seed.",
-        f"Left out, longer than some system can read whole: {lost}." if lost else "No test pair was too long.",
+        f"Left out, longer than some system can read whole: {lost}." if lost else _cut_or_not(findings),
         f"Seeds: {', '.join(map(str, findings.seeds))}. A pair counts with the mean over its seeds; ± is the standard "
         "deviation over seeds, which the intervals do not hold."
         + ("" if len(findings.seeds) > 1 else " With one seed there is none: train several."),
@@ -123,6 +123,13 @@ def notes(findings: Findings) -> list[str]:
     if short := _length_alone(findings):
         found.append(f"Always taking the longer, or the shorter, response does as well as the best system: {short}.")
     return found
+
+
+def _cut_or_not(findings: Findings) -> str:
+    settings = findings.configuration.get("settings", {}).get("data", {})
+    if settings.get("on_long") == "truncate":
+        return "Texts longer than the limit were cut at their start, for every system alike; none was left out."
+    return "No test pair was too long."
 
 
 def _length_alone(findings: Findings) -> str:
