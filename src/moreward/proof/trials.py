@@ -188,7 +188,7 @@ class Trials:
         same names are of another configuration, data or backbone, all of them at once.
         """
         runs = list(self.runs())
-        if faults := [fault for run in runs for fault in self._changed(run)]:
+        if faults := [fault for run in runs for fault in self.changed(run)]:
             raise RunError("\n".join(faults))
         assert self.test
         missing = [run for run in runs if not run.is_finished]
@@ -197,7 +197,7 @@ class Trials:
             train_on(run.config, self.pairs(run.config), reporter=self.reporter)
         return len(missing)
 
-    def _changed(self, run: Run) -> list[str]:
+    def changed(self, run: Run) -> list[str]:
         """What the run that is there has not in common with the one that is wanted."""
         if run.state == "missing":
             return []
