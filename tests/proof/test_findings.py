@@ -1,4 +1,4 @@
-"""What a report concludes from rewards that are known, without a model: the same pairs for all, ties, flags, few groups."""
+"""What a report concludes from rewards that are known: the same pairs for all, ties, flags, few groups."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_rewards_of_other_pairs_or_seeds_make_no_report() -> None:
 def test_a_difference_too_small_to_tell_is_not_told_with_millions() -> None:
     test = pairs({"a": 400})
     mix = [1.0, -1.0] * 200
-    one = found(test, {"mix": [told(mix)] * 7, "one": [told([-m for m in mix])] * 6 + [told([1.0] + mix[1:])]})
+    one = found(test, {"mix": [told(mix)] * 7, "one": [told([-m for m in mix])] * 6 + [told([1.0, *mix[1:]])]})
     versus = next(v for v in one.versus if v.domain == "a")
     assert versus.power.detectable is not None
     tiny = replace(versus, power=replace(versus.power, more_pairs=5_000_000, more_groups=1))

@@ -165,11 +165,12 @@ def power(difference: float, error: float, *, num_pairs: int, num_groups: int, a
     )
     if difference == 0:
         return told
-    factor = max(1.0, (z * error / difference) ** 2, least_groups / num_groups)
+    share = max(0.0, (z * error / difference) ** 2 - 1)
+    short = max(0, least_groups - num_groups)
     return replace(
         told,
-        more_pairs=int(np.ceil((factor - 1) * num_pairs)),
-        more_groups=int(np.ceil((factor - 1) * num_groups)),
+        more_pairs=max(int(np.ceil(share * num_pairs)), -(-short * num_pairs // num_groups)),
+        more_groups=max(int(np.ceil(share * num_groups)), short),
     )
 
 
