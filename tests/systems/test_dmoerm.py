@@ -131,7 +131,9 @@ def test_an_explanation_sums_to_the_reward_and_names_every_point(tune, system, r
         assert list(reward.part_rewards) == list(POINTS)
         assert reward.reward == pytest.approx(alone.reward, abs=1e-3)
         assert (alone.parts, alone.part_rewards) == ({}, {})
-    assert len({round(r.parts[BASELINE], 2) for r in explained}) == len({r.expert for r in explained})
+    for task in {r.expert for r in explained}:
+        baselines = [r.parts[BASELINE] for r in explained if r.expert == task]
+        assert baselines == pytest.approx([baselines[0]] * len(baselines), abs=2e-3), "it does not depend on the text"
 
 
 @pytest.mark.parametrize(("tune", "system"), CASES)
