@@ -513,10 +513,8 @@ class Scorer:
             return self._told(batch, output, explain)
         told = self._told(batch, output, explain=True)
         doubts = self._doubts(batch, output, told)
-        return [
-            replace(reward, uncertainty=doubt, expert_rewards=reward.expert_rewards if explain else {})
-            for reward, doubt in zip(told, doubts, strict=True)
-        ]
+        unasked: dict[str, Any] = {} if explain else {"expert_rewards": {}, "parts": {}, "part_rewards": {}}
+        return [replace(reward, uncertainty=doubt, **unasked) for reward, doubt in zip(told, doubts, strict=True)]
 
     def _doubts(self, batch: Batch, output: Rewards, told: Sequence[Reward]) -> list[Uncertainty]:
         """What speaks against each reward; `told` holds every expert's reward."""

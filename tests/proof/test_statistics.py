@@ -14,6 +14,7 @@ from moreward.evals.statistics import (
     Rows,
     bootstrap_means,
     clustered_error,
+    difference_interval,
     domain_means,
     paired_p,
     percentile_interval,
@@ -88,7 +89,7 @@ def test_equal_pairs_in_a_group_make_no_interval_narrower() -> None:
 
 
 def test_an_accuracy_of_100_per_cent_is_not_beyond_doubt() -> None:
-    interval = share_interval(np.ones(50), 1.0, 10)
+    interval = share_interval(np.ones(50), 1.0, 0.01, 10)
     assert interval.low < 0.8
     assert interval.high == 1.0
 
@@ -110,9 +111,30 @@ def test_power_is_what_a_simulation_finds() -> None:
     # With so many more the error shrinks until the difference that was seen is the one that can be detected.
     assert told.more_pairs is not None
     smaller = error * (1000 / (1000 + told.more_pairs)) ** 0.5
-    assert power(0.03, smaller, num_pairs=1, num_groups=1, alpha=alpha).detectable == pytest.approx(0.03, rel=1e-3)
+    assert power(0.03, smaller, num_pairs=1, num_groups=500, alpha=alpha).detectable == pytest.approx(0.03, rel=1e-3)
     assert power(0.0, error, num_pairs=10, num_groups=5).more_pairs is None
-    assert power(1.0, error, num_pairs=10, num_groups=5).more_pairs == 0
+    assert power(1.0, error, num_pairs=10, num_groups=6).more_pairs == 0
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.0125, 0.0012])
+def test_fewer_groups_than_the_test_needs_tell_nothing(alpha: float) -> None:
+    def smallest_p(num_groups: int) -> float:
+        return paired_p(np.ones(num_groups), rows_of([0] * num_groups, list(range(num_groups))))[1]
+
+    least = power(1.0, 0.01, num_pairs=99, num_groups=3, alpha=alpha).least_groups
+    assert smallest_p(least) < alpha <= smallest_p(least - 1)
+    told = power(1.0, 0.01, num_pairs=100 * (least - 1), num_groups=least - 1, alpha=alpha)
+    assert told.detectable is None
+    assert (told.more_groups, told.more_pairs) == (1, 100)
+
+
+def test_few_groups_have_students_interval_and_one_group_says_nothing() -> None:
+    draws = np.array([0.1, 0.2, 0.3])
+    few = difference_interval(draws, 0.2, 0.05, 4)
+    assert (few.low, few.high) == pytest.approx(stats.t.interval(0.95, 3, loc=0.2, scale=0.05))
+    assert difference_interval(draws, 0.2, 0.05, 40) == percentile_interval(draws)
+    one = difference_interval(draws, 0.2, 0.05, 1)
+    assert (one.low, one.high) == (-1, 1)
 
 
 def test_seeds_are_averaged_within_a_pair_and_their_spread_is_the_samples() -> None:

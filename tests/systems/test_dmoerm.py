@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 import pytest
@@ -131,7 +132,19 @@ def test_an_explanation_sums_to_the_reward_and_names_every_point(tune, system, r
         assert list(reward.part_rewards) == list(POINTS)
         assert reward.reward == pytest.approx(alone.reward, abs=1e-3)
         assert (alone.parts, alone.part_rewards) == ({}, {})
-    assert len({round(r.parts[BASELINE], 2) for r in explained}) == len({r.expert for r in explained})
+    for task in {r.expert for r in explained}:
+        baselines = [r.parts[BASELINE] for r in explained if r.expert == task]
+        assert baselines == pytest.approx([baselines[0]] * len(baselines), abs=2e-3), "it does not depend on the text"
+
+
+def test_what_caution_takes_off_is_in_no_part_and_parts_are_told_only_when_asked_for(run_of, pairs) -> None:
+    scorer = load(run_of("frozen")[0], device="cpu", conservative=0.5)
+    item = side(pairs[0], "chosen")
+    (plain,), (told,) = scorer.score([item]), scorer.score([item], explain=True)
+    assert (plain.parts, plain.part_rewards, plain.expert_rewards) == ({}, {}, {})
+    taken_off = 0.5 * pstdev(told.expert_rewards.values())
+    assert taken_off > 0.01
+    assert sum(told.parts.values()) == pytest.approx(told.reward + taken_off, abs=1e-6)
 
 
 @pytest.mark.parametrize(("tune", "system"), CASES)

@@ -1,5 +1,5 @@
-"""Rows that judge one capability say nothing of the whole response: nobody learns from them or is measured by them, and
-none of them is lost without a word."""
+"""Rows that judge one capability say nothing of the whole response: only recipes with an expert for them learn from
+them, nobody is measured by them, and none of them is lost without a word."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ def test_training_is_bit_for_bit_that_without_them_and_says_how_many_there_were(
     run = train(given("base_lora", tiny_backbone("bert"), data, tmp_path / "run"), reporter=heard)
     plain = weights(make("base_lora"))
     assert {k: v.tolist() for k, v in weights(run).items()} == {k: v.tolist() for k, v in plain.items()}
-    assert "8 rows judge one capability, not the whole response: put aside" in heard.said
+    assert [said for said in heard.said if "capability" in said] == [
+        "8 rows judge one capability, not the whole response: put aside"
+    ]
     told = card(run)["data"]
     assert told["not_used"]["short"]["capability"] == 8
-    assert told["train"]["contradictions"] == 0
+    assert (told["train"]["rows"], told["train"]["pairs"], told["train"]["contradictions"]) == (48, 40, 0)
+    assert told["data_sha256"] == card(make("base_lora"))["data"]["data_sha256"]
     rows = [json.loads(line) for line in (run / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["line"] for row in rows if row["reason"] == "capability"] == list(range(41, 49))
 
@@ -67,7 +70,7 @@ def test_an_evaluation_leaves_them_out_and_says_so(
     with_parts, without = (
         CliRunner().invoke(app, ["eval", str(run), "--data", str(d), "--json"]) for d in (both, whole)
     )
-    assert "8 rows not used (capability 8)" in with_parts.stderr
+    assert with_parts.stderr.count("not used") == with_parts.stderr.count("8 rows not used (capability 8)") == 1
     first, second = (json.loads(r.stdout)["evaluation"] for r in (with_parts, without))
     assert first["domains"] == second["domains"]
 

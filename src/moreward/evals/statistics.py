@@ -7,7 +7,7 @@ are no new pairs: a pair's value is the mean over seeds, taken first, and whole 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -16,6 +16,8 @@ from moreward.evals.accuracy import CONFIDENCE, Floats, Interval, Ints, wilson_i
 from moreward.evals.compare import SignFlips, group_sums
 
 POWER = 0.8
+FEW_GROUPS = 10
+"""Below so many groups a bootstrap is too sure (Cameron, Gelbach and Miller 2008)."""
 NUM_RESAMPLES = 2_000
 NUM_FLIPS = 19_999
 _RESAMPLED_AT_ONCE = 100
@@ -90,10 +92,30 @@ def percentile_interval(drawn_R: Floats) -> Interval:
     return Interval(low=float(low), high=float(high))
 
 
-def share_interval(drawn_R: Floats, share: float, num_groups: int) -> Interval:
+def share_interval(drawn_R: Floats, share: float, error: float, num_groups: int) -> Interval:
     """Of an accuracy. Where no resample differs (all right, all wrong) the bootstrap would say that there is no
-    doubt; then Wilson's interval of as many rows as there are groups is taken."""
-    return wilson_interval(share, num_groups) if np.ptp(drawn_R) < 1e-12 else percentile_interval(drawn_R)
+    doubt; then Wilson's interval of as many rows as there are groups is taken. Few groups: Student's."""
+    if np.ptp(drawn_R) < 1e-12:
+        return wilson_interval(share, num_groups)
+    few = num_groups < FEW_GROUPS
+    return student_interval(share, error, num_groups, low=0) if few else percentile_interval(drawn_R)
+
+
+def difference_interval(drawn_R: Floats, difference: float, error: float, num_groups: int) -> Interval:
+    """Of a mean gain. Where no resample differs, or there are few groups, Student's."""
+    if num_groups < FEW_GROUPS or np.ptp(drawn_R) < 1e-12:
+        return student_interval(difference, error, num_groups, low=-1)
+    return percentile_interval(drawn_R)
+
+
+def student_interval(mean: float, error: float, num_groups: int, *, low: float, high: float = 1) -> Interval:
+    """By Student's t with a degree of freedom less than there are groups; one group can say nothing."""
+    from scipy.special import stdtrit
+
+    if num_groups == 1:
+        return Interval(low=low, high=high)
+    half = float(stdtrit(num_groups - 1, (1 + CONFIDENCE) / 2)) * error
+    return Interval(low=max(low, mean - half), high=min(high, mean + half))
 
 
 def paired_p(gain_B: Floats, rows: Rows, *, num_flips: int = NUM_FLIPS, seed: int = 0) -> tuple[list[float], float]:
@@ -115,11 +137,13 @@ def paired_p(gain_B: Floats, rows: Rows, *, num_flips: int = NUM_FLIPS, seed: in
 class Power:
     """What these pairs can tell, and how many would tell the difference seen, if it is the true one.
 
-    `detectable` is the smallest difference that as many groups as these would tell with a power of 80 %. `more_pairs`
-    and `more_groups` are what is missing; 0 where there are enough, None where the difference is 0 and no number is.
+    `detectable` is the smallest difference that as many groups as these would tell with a power of 80 %; None where
+    they are fewer than `least_groups`, with which the test can tell nothing whatever the difference. `more_pairs` and
+    `more_groups` are what is missing; 0 where there are enough, None where the difference is 0 and no number is.
     """
 
-    detectable: float
+    detectable: float | None
+    least_groups: int
     more_pairs: int | None
     more_groups: int | None
 
@@ -128,17 +152,25 @@ def power(difference: float, error: float, *, num_pairs: int, num_groups: int, a
     """From the standard error of a difference over groups, which falls with the root of their number.
 
     A two-sided test at level `alpha` finds a true difference with a power of 80 % where it is z(1 - α/2) + z(.8)
-    standard errors large. The tests of a report are many: give the level that one of them has to pass.
+    standard errors large. The tests of a report are many: give the level that one of them has to pass. Flipping G
+    groups gives no p below 2^(1 - G).
     """
     z = NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(POWER)
-    detectable = z * error
+    least_groups = int(np.floor(1 - np.log2(alpha))) + 1
+    told = Power(
+        detectable=z * error if num_groups >= least_groups else None,
+        least_groups=least_groups,
+        more_pairs=None,
+        more_groups=None,
+    )
     if difference == 0:
-        return Power(detectable=detectable, more_pairs=None, more_groups=None)
-    factor = max(1.0, (detectable / difference) ** 2)
-    return Power(
-        detectable=detectable,
-        more_pairs=int(np.ceil((factor - 1) * num_pairs)),
-        more_groups=int(np.ceil((factor - 1) * num_groups)),
+        return told
+    share = max(0.0, (z * error / difference) ** 2 - 1)
+    short = max(0, least_groups - num_groups)
+    return replace(
+        told,
+        more_pairs=max(int(np.ceil(share * num_pairs)), -(-short * num_pairs // num_groups)),
+        more_groups=max(int(np.ceil(share * num_groups)), short),
     )
 
 

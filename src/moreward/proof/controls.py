@@ -7,7 +7,7 @@ may name better twins of its own (`System.equal_budget`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,8 +20,8 @@ from moreward.nn.backbone import Backbone, pools_by_mean, quiet, resolve_backbon
 from moreward.nn.losses import PairwiseLoss
 from moreward.proof.experiment import KINDS, SINGLE_RECIPES, Experiment
 from moreward.registry import find_recipe
-from moreward.systems._base import System
-from moreward.types import Preference
+from moreward.systems._base import Stage, System
+from moreward.train.runner import Pairs, complete
 
 SHARE_ENOUGH = 0.9
 """A single model named as equal must have at least this share of the mixture's budget."""
@@ -53,13 +53,14 @@ class Planned:
         return self.config == other.config and self.members == other.members
 
 
-def plan(experiment: Experiment, configs: Mapping[str, RunConfig], train: Sequence[Preference]) -> Plan:
-    """The named systems and, for each mixture, its equal-budget single models. Raises ConfigError where one that the
-    file names has less than nine tenths of the budget it should match."""
+def plan(experiment: Experiment, configs: Mapping[str, RunConfig], pairs_of: Callable[[RunConfig], Pairs]) -> Plan:
+    """The named systems and, for each mixture, its equal-budget single models; `pairs_of` reads the training pairs of a
+    configuration. Raises ConfigError where one that the file names has less than nine tenths of the budget it should
+    match."""
     planned = [
         Planned(label=label, config=config, is_single=experiment.is_single(label)) for label, config in configs.items()
     ]
-    sizes = _Sizes(train)
+    sizes = _Sizes(pairs_of)
     controls: dict[str, dict[str, str]] = {}
     faults: list[str] = []
     for mixture in experiment.mixtures:
@@ -144,10 +145,11 @@ def derive(config: RunConfig, mixture: str, sizes: _Sizes) -> dict[str, Planned]
 
 
 def single_of(config: RunConfig) -> RunConfig:
-    """The single model of the same kind: same backbone, data and training; one head, and one adapter if any."""
+    """The single model of the same kind: same backbone, pairs and training; one head, and one adapter if any."""
     recipe = SINGLE_RECIPES[config.tune == "lora"]
     known = find_recipe(recipe).Config.model_fields
     given = config.model_dump(mode="json")
+    given["data"]["ratings"] = []  # it learns from pairs only
     return resolve({**given, "recipe": recipe, "system": {k: v for k, v in config.system.items() if k in known}})
 
 
@@ -193,9 +195,8 @@ def _with_system(config: RunConfig, changed: Mapping[str, Any]) -> RunConfig:
 class _Sizes:
     """Budgets of configurations, counted on systems without weights."""
 
-    def __init__(self, train: Sequence[Preference]) -> None:
-        self.train = train
-        self.domains = sorted({p.domain for p in train})
+    def __init__(self, pairs_of: Callable[[RunConfig], Pairs]) -> None:
+        self.pairs_of = pairs_of
         self.known: dict[str, Budget] = {}
 
     def of(self, planned: Planned) -> Budget:
@@ -215,21 +216,28 @@ class _Sizes:
         return self.known[key]
 
     def _count(self, config: RunConfig) -> Budget:
-        system = hollow(config, self.domains)
+        pairs = self.pairs_of(config)
+        system = hollow(complete(config, pairs), sorted({p.domain for p in pairs.train}))
+        system.meet(pairs.train)
         stages = system.stages(PairwiseLoss())
         learn = {id(p): p.numel() for stage in stages for p in stage.learn}
         return Budget(
             total=system.num_parameters(),
             active=system.num_active_parameters(),
             trained=sum(learn.values()),
-            training=sum(self._pairs_seen(config, stage.select, solved=stage.solve is not None) for stage in stages),
+            training=sum(_pairs_seen(config, stage, pairs) for stage in stages),
         )
 
-    def _pairs_seen(self, config: RunConfig, select: Any, *, solved: bool) -> int:
-        num_pairs = sum(1 for p in self.train if select(p))
-        most = config.train.max_steps
-        seen = num_pairs if solved else num_pairs * config.train.epochs
-        return seen if most is None else min(seen, most * config.train.batch_size)
+
+def _pairs_seen(config: RunConfig, stage: Stage, pairs: Pairs) -> int:
+    """A closed form sees its pairs once; two rated conversations are as much as a pair."""
+    if stage.rated:
+        return len(pairs.ratings.train) // 2
+    num_pairs = sum(1 for p in pairs.train if stage.select(p))
+    if stage.solve is not None:
+        return num_pairs
+    seen, most = num_pairs * config.train.epochs, config.train.max_steps
+    return seen if most is None else min(seen, most * config.train.batch_size)
 
 
 def hollow(config: RunConfig, domains: Sequence[str]) -> System:

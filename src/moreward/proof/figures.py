@@ -30,6 +30,7 @@ STYLE: Mapping[str, Any] = {
     "axes.axisbelow": True,
     "svg.fonttype": "path",
     "svg.hashsalt": "moreward",
+    "text.parse_math": False,
     "legend.frameon": False,
 }
 
@@ -239,6 +240,7 @@ def _inline(svg: str) -> str:
     """Fit to stand in a page: black becomes the colour of the text, sizes give way to the width that there is."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)  # names of groups, the same in every figure of a page
     svg = svg.replace("#000000", "currentColor").replace("#262626", "currentColor")
     svg = re.sub(r"(fill|stroke): black", r"\1: currentColor", svg)
     found = re.search(r'width="([\d.]+)pt"', svg)

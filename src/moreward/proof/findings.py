@@ -28,6 +28,7 @@ from moreward.evals.accuracy import (
     numbered,
 )
 from moreward.evals.compare import Verdict, holm
+from moreward.evals.diversity import error_correlation
 from moreward.evals.routing import RoutingReport, routing_report
 from moreward.evals.statistics import (
     NUM_RESAMPLES,
@@ -35,6 +36,7 @@ from moreward.evals.statistics import (
     Rows,
     bootstrap_means,
     clustered_error,
+    difference_interval,
     domain_means,
     paired_p,
     percentile_interval,
@@ -43,8 +45,8 @@ from moreward.evals.statistics import (
     share_interval,
     spread,
 )
-from moreward.proof.controls import Budget
-from moreward.proof.experiment import KINDS
+from moreward.proof.controls import Budget, Plan
+from moreward.proof.experiment import KINDS, Experiment
 from moreward.proof.trials import Told, Trials
 from moreward.types import Preference
 
@@ -111,7 +113,7 @@ class SystemFinding:
 @dataclass(frozen=True, kw_only=True)
 class Versus:
     """A mixture against a single model in a domain, or in the mean of domains (None). `kinds` says in which budgets
-    the single model is its equal; empty for the baseline that is not."""
+    the single model is its equal; empty for the baseline that is not. `error` is the standard error over groups."""
 
     mixture: str
     single: str
@@ -119,6 +121,7 @@ class Versus:
     domain: str | None
     difference: float
     interval: Interval
+    error: float
     seeds: tuple[float, ...]
     spread: float | None
     p_value: float
@@ -173,17 +176,31 @@ class Findings:
 
 
 def find(trials: Trials, *, num_resamples: int = NUM_RESAMPLES) -> Findings:
-    """Reward all test pairs with every system and draw the conclusions.
-
-    Raises DataError where a domain has no pair that all systems can read whole, RunError where a mixture has no
-    single model of equal budget beside it: such a report would show nothing.
-    """
+    """Reward all test pairs with every system and draw the conclusions. Raises what `findings_of` does."""
     chosen = trials.plan
     check_controls(chosen.controls, [p.label for p in chosen.systems if not p.is_single])
     told = {p.label: [trials.told(p, seed) for seed in trials.experiment.seeds] for p in chosen.systems}
+    return findings_of(trials.experiment, chosen, trials.test, told, num_resamples=num_resamples)
+
+
+def findings_of(
+    experiment: Experiment,
+    chosen: Plan,
+    test: Sequence[Preference],
+    told: Mapping[str, Sequence[Told]],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Findings:
+    """The conclusions from what every system said of the same pairs, a `Told` for each seed.
+
+    Raises DataError where a domain has no pair that all systems can read whole, RunError where a mixture has no
+    single model of equal budget beside it or the pairs are not the same: such a report would show nothing.
+    """
+    check_controls(chosen.controls, [p.label for p in chosen.systems if not p.is_single])
+    _check_same_pairs(test, told, len(experiment.seeds))
     drops = any(p.config.data.on_long == "drop" for p in chosen.systems)
-    kept, too_long = _readable(trials.test, told, drops=drops)
-    preferences = [trials.test[i] for i in kept]
+    kept, too_long = _readable(test, told, drops=drops)
+    preferences = [test[i] for i in kept]
     table = _Table(preferences, told, kept, num_resamples)
     flags = table.flags()
     unflagged = [d for d, name in enumerate(table.domains) if not flags[name]]
@@ -199,12 +216,12 @@ def find(trials: Trials, *, num_resamples: int = NUM_RESAMPLES) -> Findings:
         ]
     )
     return Findings(
-        name=trials.experiment.name,
+        name=experiment.name,
         baseline=chosen.baseline or next(iter(chosen.controls.values()))["total"],
-        seeds=trials.experiment.seeds,
+        seeds=experiment.seeds,
         domains=tuple(table.domains),
         num_pairs=dict(Counter(p.domain for p in preferences)),
-        num_groups=table.num_groups(),
+        num_groups=table.num_groups,
         too_long=too_long,
         longer_rule={d: m.longer_rule for d, m in table.evaluations[chosen.systems[0].label][0].domains.items()},
         flags=flags,
@@ -213,7 +230,7 @@ def find(trials: Trials, *, num_resamples: int = NUM_RESAMPLES) -> Findings:
         versus=tuple(versus),
         conclusions=tuple(_conclusions(versus, list(chosen.controls), table.domains)),
         num_tests=len(versus),
-        configuration=trials.experiment.model_dump(mode="json", exclude={"printed"}),
+        configuration=experiment.model_dump(mode="json", exclude={"printed"}),
     )
 
 
@@ -222,6 +239,15 @@ def check_controls(controls: Mapping[str, Mapping[str, str]], mixtures: Sequence
     missing = [f"{m} (equal {kind})" for m in mixtures for kind in KINDS if not controls.get(m, {}).get(kind)]
     if missing:
         raise RunError(f"No report: no single model of equal budget beside {', '.join(missing)}.")
+
+
+def _check_same_pairs(test: Sequence[Preference], told: Mapping[str, Sequence[Told]], num_seeds: int) -> None:
+    numbers = {label: [len(one.rewards) for one in ones] for label, ones in told.items()}
+    if wrong := {label: found for label, found in numbers.items() if found != [len(test)] * num_seeds}:
+        raise RunError(
+            f"No report: {len(test)} test pairs with {num_seeds} seeds, but rewards of {wrong}. Every system must see "
+            "the same pairs with every seed."
+        )
 
 
 def _readable(
@@ -252,6 +278,7 @@ class _Table:
         self.preferences, self.told, self.kept = preferences, told, kept
         self.domains, domain_B = numbered([p.domain for p in preferences])
         self.rows = Rows(domain_B=domain_B, group_B=numbered(linked_groups(preferences))[1])
+        self.num_groups = {n: len({*self.rows.group_B[domain_B == d].tolist()}) for d, n in enumerate(self.domains)}
         self.evaluations: dict[str, list[Evaluation]] = {}
         self.routings: dict[str, list[RoutingReport]] = {}
         self.margin: dict[str, Floats] = {}
@@ -262,6 +289,7 @@ class _Table:
         value_LB = np.stack([seed_mean(self.correct[label]) for label in self.labels])
         self.value = dict(zip(self.labels, value_LB, strict=True))
         self.mean_LD = domain_means(value_LB, self.rows)
+        self.error_LD = [clustered_error(value_B, self.rows)[0] for value_B in value_LB]
         self.drawn_RLD = bootstrap_means(value_LB, self.rows, num_resamples=num_resamples)
 
     def _read(self, label: str, ones: Sequence[Told]) -> None:
@@ -272,9 +300,6 @@ class _Table:
             self.routings[label].append(routing_report(self.preferences, chosen, rejected, experts=one.experts))
             margins.append([c.reward - r.reward for c, r in zip(chosen, rejected, strict=True)])
         self.margin[label] = np.array(margins)
-
-    def num_groups(self) -> dict[str, int]:
-        return {name: len(np.unique(self.rows.group_B[self.rows.domain_B == d])) for d, name in enumerate(self.domains)}
 
     def flags(self) -> dict[str, tuple[str, ...]]:
         """chance: the interval of every system contains .5; saturated: every system is right in 99 % or more."""
@@ -289,8 +314,12 @@ class _Table:
         return found
 
     def _interval(self, s: int, d: int) -> Interval:
-        num_groups = len(np.unique(self.rows.group_B[self.rows.domain_B == d]))
-        return share_interval(self.drawn_RLD[:, s, d], float(self.mean_LD[s, d]), num_groups)
+        return share_interval(
+            self.drawn_RLD[:, s, d],
+            float(self.mean_LD[s, d]),
+            self.error_LD[s][d],
+            self.num_groups[self.domains[d]],
+        )
 
     # ---- one system ----------------------------------------------------------------------------------------------
 
@@ -363,7 +392,6 @@ class _Table:
         seeds_SD = domain_means(self.correct[mixture], self.rows) - domain_means(self.correct[single], self.rows)
         gain_D = self.mean_LD[m] - self.mean_LD[s]
         kinds = tuple(kind for kind in KINDS if controls[mixture][kind] == single)
-        groups = self.num_groups()
         pairs = Counter(p.domain for p in self.preferences)
         found = []
         for d, name in [*enumerate(self.domains), (None, None)]:
@@ -372,7 +400,7 @@ class _Table:
             error = error_mean if d is None else error_D[d]
             drawn_R = drawn_RD.mean(1) if d is None else drawn_RD[:, d]
             num_pairs = len(gain_B) if name is None else pairs[name]
-            num_groups = self.rows.num_groups if name is None else groups[name]
+            num_groups = self.rows.num_groups if name is None else self.num_groups[name]
             found.append(
                 Versus(
                     mixture=mixture,
@@ -380,25 +408,19 @@ class _Table:
                     kinds=kinds,
                     domain=name,
                     difference=difference,
-                    interval=_difference_interval(drawn_R, difference, error),
+                    interval=difference_interval(drawn_R, difference, error, num_groups),
+                    error=error,
                     seeds=tuple(map(float, seeds)),
                     spread=spread(list(map(float, seeds))),
                     p_value=p_mean if d is None else p_D[d],
                     p_holm=1.0,
                     verdict="no difference shown",
-                    power=Power(detectable=error, more_pairs=None, more_groups=None),
+                    power=power(difference, error, num_pairs=num_pairs, num_groups=num_groups),
                     num_pairs=num_pairs,
                     num_groups=num_groups,
                 )
             )
         return found
-
-
-def _difference_interval(drawn_R: Floats, difference: float, error: float) -> Interval:
-    """By bootstrap; where no resample differs, two standard errors of one pair won or lost instead of no doubt."""
-    if np.ptp(drawn_R) < 1e-12:
-        return Interval(low=difference - 2 * error, high=difference + 2 * error)
-    return percentile_interval(drawn_R)
 
 
 def _decided(tests: Sequence[Versus]) -> list[Versus]:
@@ -409,9 +431,7 @@ def _decided(tests: Sequence[Versus]) -> list[Versus]:
         verdict: Verdict = "no difference shown"
         if p_holm < 1 - CONFIDENCE:
             verdict = "better" if one.difference > 0 else "worse"
-        told = power(
-            one.difference, one.power.detectable, num_pairs=one.num_pairs, num_groups=one.num_groups, alpha=alpha
-        )
+        told = power(one.difference, one.error, num_pairs=one.num_pairs, num_groups=one.num_groups, alpha=alpha)
         found.append(replace(one, p_holm=p_holm, verdict=verdict, power=told))
     return found
 
@@ -453,15 +473,14 @@ def reliability(margin: Floats) -> tuple[Bin, ...]:
     )
 
 
-def pooled_ece(bins: Sequence[Bin]) -> float:
-    """Expected calibration error of a reliability curve."""
-    total = sum(b.num_pairs for b in bins)
-    return sum(b.num_pairs * abs(b.confidence - b.accuracy) for b in bins) / total
-
-
 def _error_correlation(margins: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float | None]]:
-    wrong = {expert: (np.array(values) <= 0).astype(float) for expert, values in margins.items()}
-    return {a: {b: _correlation(wrong[a], wrong[b]) for b in wrong} for a in wrong}
+    if not margins:
+        return {}
+    rows_KK = error_correlation(np.array(list(margins.values())).T)
+    return {
+        a: {b: None if np.isnan(r) else float(r) for b, r in zip(margins, row_K, strict=True)}
+        for a, row_K in zip(margins, rows_KK, strict=True)
+    }
 
 
 def _correlation(a: Floats, b: Floats) -> float | None:

@@ -46,10 +46,11 @@ def _ours(system: SystemFinding | None, measure: str, column: str) -> str:
 
 
 def _epoch_seconds(stages: Sequence[Mapping[str, Any]], column: str) -> float | None:
-    """Seconds of one pass: over everything, over one expert's domain, or of the router. None where a stage is all."""
-    times: dict[str, float] = {str(stage["stage"]): stage["seconds"] / stage["epochs"] for stage in stages}
+    """Seconds of one pass: over everything, over one expert's domain, or of the router. None where it is not known."""
+    times: dict[str, float | None] = {str(stage["stage"]): stage["epoch_seconds"] for stage in stages}
     if column == TOTAL:
-        return sum(times.values())
+        known = [seconds for seconds in times.values() if seconds is not None]
+        return sum(known) if len(known) == len(times) else None
     if column == ROUTER:
         return times.get("router")
     return times.get(f"expert/{column.lower()}")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,27 @@ from typing import Any
 import numpy as np
 
 from moreward.checkpoint import write_json
-from moreward.config import RunConfig
+from moreward.config import RunConfig, read_config
 from moreward.data.batches import side
-from moreward.data.load import assert_no_leak, load_preferences
+from moreward.data.load import assert_no_leak, load_preferences, of_whole_responses
 from moreward.data.synthetic import generate_splits, write_pairs
 from moreward.errors import BackboneError, ConfigError, DataError, RunError
 from moreward.nn.backbone import directory_sha256, load_tokenizer
 from moreward.proof.controls import Plan, Planned, hollow, plan
 from moreward.proof.experiment import Experiment, config_of, domain_map, paths_of, slug
+from moreward.registry import find_recipe
 from moreward.runs import identity, model_folder, read_card
 from moreward.scoring import Scorer, load
 from moreward.systems._base import GatedSystem
-from moreward.train.runner import Pairs, differences, feature_store, read_pairs, train_on
+from moreward.train.runner import (
+    Pairs,
+    complete,
+    differences,
+    feature_store,
+    read_pairs,
+    train_on,
+    with_objectives,
+)
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference, RoutedReward
 
@@ -74,7 +83,7 @@ class Told:
     expert_margins: Mapping[str, tuple[float, ...]]
     explained: tuple[int, ...]
     seconds_per_pair: float
-    training: Mapping[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Trials:
@@ -108,10 +117,11 @@ class Trials:
 
     @cached_property
     def test(self) -> list[Preference]:
-        """The test pairs, read as the training pairs are. DataError where they also stand among those."""
+        """The test pairs, read as the training pairs are. DataError where one of them stands among those too, or their
+        domains are others."""
         told, first = self.experiment.data, next(iter(self.configs.values())).data
         places = [str(self.folder / "data" / "test.jsonl")] if told.synthetic else paths_of(told.test)
-        loaded = load_preferences(
+        read = load_preferences(
             places,
             shape=first.shape,
             domain=first.domain,
@@ -121,6 +131,7 @@ class Trials:
             max_bad_share=first.max_bad_share,
             use_margin=False,
         )
+        loaded = of_whole_responses(read)
         if loaded.quarantine:
             self.reporter.say(f"{len(loaded.quarantine)} test rows not used; see: moreward data check")
         known = {p.domain for p in self.train_pairs}
@@ -136,7 +147,8 @@ class Trials:
 
     def pairs(self, config: RunConfig) -> Pairs:
         """Training and held-out pairs of a configuration, read once; held-out ones are split off by the run's seed."""
-        key = json.dumps([config.data.model_dump(mode="json"), config.data.val or config.seed], sort_keys=True)
+        told = [config.data.model_dump(mode="json"), config.data.val or config.seed]
+        key = json.dumps([*told, find_recipe(config.recipe).uses_capabilities], sort_keys=True)
         if key not in self._pairs:
             self._pairs[key] = read_pairs(config)
         return self._pairs[key]
@@ -145,7 +157,7 @@ class Trials:
 
     @cached_property
     def plan(self) -> Plan:
-        return plan(self.experiment, self.configs, self.train_pairs)
+        return plan(self.experiment, self.configs, self.pairs)
 
     def runs_of(self, planned: Planned, seed: int) -> list[Run]:
         """The trainings behind a system with a seed; one that another system needs too is the same run."""
@@ -172,32 +184,43 @@ class Trials:
     def train(self) -> int:
         """Train what is missing or unfinished; returns how many runs that were.
 
-        Raises RunError where a finished run of the same name is of another configuration, data or backbone: all such
-        runs at once, before anything is trained.
+        Before anything is trained it raises DataError where the test pairs are not fit, and RunError where runs of the
+        same names are of another configuration, data or backbone, all of them at once.
         """
         runs = list(self.runs())
-        if faults := [fault for run in runs if run.is_finished for fault in self._changed(run)]:
+        if faults := [fault for run in runs for fault in self.changed(run)]:
             raise RunError("\n".join(faults))
+        assert self.test
         missing = [run for run in runs if not run.is_finished]
         for number, run in enumerate(missing, start=1):
             self.reporter.say(f"[{number}/{len(missing)}] {run.folder.name}")
             train_on(run.config, self.pairs(run.config), reporter=self.reporter)
         return len(missing)
 
-    def _changed(self, run: Run) -> list[str]:
-        """What a finished run has not in common with what is wanted."""
-        card = read_card(model_folder(run.folder))
-        differs = differences(card["config"], run.config)
-        if card["data"]["data_sha256"] != self.pairs(run.config).sha256():
-            differs.append("the training pairs have changed")
-        if card["backbone"]["sha256"] != directory_sha256(run.config.backbone):
-            differs.append("the backbone's files have changed")
+    def changed(self, run: Run) -> list[str]:
+        """What the run that is there has not in common with the one that is wanted."""
+        if run.state == "missing":
+            return []
+        differs = self._differences(run)
         if not differs:
             return []
         return [
-            f"{run.folder}: a finished run of another configuration ({'; '.join(differs)}). "
+            f"{run.folder}: {run.state}, but of another configuration ({'; '.join(differs)}). "
             "Choose another out, or remove the folder to train it again."
         ]
+
+    def _differences(self, run: Run) -> list[str]:
+        pairs = self.pairs(run.config)
+        if not run.is_finished:
+            stored = read_config(run.folder / "config.yaml")
+            return differences(stored, with_objectives(run.config, pairs.ratings))
+        card = read_card(model_folder(run.folder))
+        differs = differences(card["config"], complete(run.config, pairs))
+        if card["data"]["data_sha256"] != pairs.sha256():
+            differs.append("the training pairs have changed")
+        if card["backbone"]["sha256"] != directory_sha256(run.config.backbone):
+            differs.append("the backbone's files have changed")
+        return differs
 
     # ---- rewards -----------------------------------------------------------------------------------------------------
 
@@ -215,10 +238,11 @@ class Trials:
             "seed": run.config.seed,
             "explained": explain,
         }
+        training = _training(read_card(model_folder(run.folder)))
         if file.is_file() and (kept := json.loads(file.read_text(encoding="utf-8")))["key"] == key:
-            return _from_json(kept)
+            return _from_json(kept, training)
         self.reporter.say(f"rewards of {run.folder.name}")
-        told = ask(load(run.folder), self.test, seed=run.config.seed, explain=explain)
+        told = replace(ask(load(run.folder), self.test, seed=run.config.seed, explain=explain), training=training)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"key": key, **_to_json(told)})
         return told
@@ -265,7 +289,6 @@ def ask(scorer: Scorer, preferences: Sequence[Preference], *, seed: int, explain
         expert_margins=margins,
         explained=explained,
         seconds_per_pair=seconds,
-        training=_training(scorer.card),
     )
 
 
@@ -301,24 +324,29 @@ def _expert_margins(scorer: Scorer, preferences: Sequence[Preference]) -> dict[s
 
 def _training(card: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds and pairs of a run and of each stage, from its card."""
-    train = card["config"]["train"]
-    stages = [
-        {
-            "stage": stage["stage"],
-            "seconds": stage["seconds"],
-            "steps": stage.get("steps", 0),
-            "pairs": stage["pairs"],
-            "epochs": max(stage.get("steps", 0) * train["batch_size"] / stage["pairs"], 1e-9),
-            "pairs_seen": min(stage.get("steps", 0) * train["batch_size"], stage["pairs"] * train["epochs"]),
-        }
-        for stage in card["stages"]
-        if stage.get("pairs")
-    ]
+    stages = [_stage(stage, card["config"]["train"]) for stage in card["stages"]]
     return {
         "seconds": card["seconds"],
         "steps": sum(stage["steps"] for stage in stages),
         "pairs_seen": sum(stage["pairs_seen"] for stage in stages),
         "stages": stages,
+    }
+
+
+def _stage(report: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, Any]:
+    """`epoch_seconds` is one pass over what the stage sees, None where none was made. A closed form makes one pass, and
+    two rated conversations are as much as a pair."""
+    pairs = report["rated"] // 2 if "rated" in report else report["pairs"]
+    made = (report["steps"] - report["resumed_from_step"]) * train["batch_size"] / max(pairs, 1)
+    epochs = 1.0 if "solved" in report else made
+    seen = pairs if "solved" in report else min(report["steps"] * train["batch_size"], pairs * train["epochs"])
+    return {
+        "stage": report["stage"],
+        "seconds": report["seconds"],
+        "steps": report["steps"],
+        "pairs": pairs,
+        "pairs_seen": seen,
+        "epoch_seconds": report["seconds"] / epochs if epochs else None,
     }
 
 
@@ -350,11 +378,11 @@ _FIELDS = ("reward", "expert", "oracle", "random", "num_tokens", "truncated")
 
 
 def _to_json(told: Told) -> dict[str, Any]:
-    plain = {k: v for k, v in asdict(replace(told, rewards=())).items() if k != "rewards"}
+    plain = {k: v for k, v in asdict(replace(told, rewards=())).items() if k not in ("rewards", "training")}
     return {**plain, "rewards": [[[getattr(r, f) for f in _FIELDS] for r in pair] for pair in told.rewards]}
 
 
-def _from_json(kept: Mapping[str, Any]) -> Told:
+def _from_json(kept: Mapping[str, Any], training: Mapping[str, Any]) -> Told:
     pairs = [[RoutedReward(**dict(zip(_FIELDS, r, strict=True))) for r in pair] for pair in kept["rewards"]]
     return Told(
         rewards=tuple((chosen, rejected) for chosen, rejected in pairs),
@@ -362,7 +390,7 @@ def _from_json(kept: Mapping[str, Any]) -> Told:
         expert_margins={k: tuple(v) for k, v in kept["expert_margins"].items()},
         explained=tuple(kept["explained"]),
         seconds_per_pair=kept["seconds_per_pair"],
-        training=kept["training"],
+        training=training,
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moreward.evals.accuracy import CHANCE, SATURATED, Interval
-from moreward.evals.statistics import POWER
+from moreward.evals.accuracy import Interval
+from moreward.evals.statistics import FEW_GROUPS, POWER
 from moreward.proof.findings import Conclusion, Estimate, Findings, SystemFinding, Versus
 from moreward.report import Column, Table, markdown_table, terminal_table, terminal_text
 
 MISSING = "-"
+MANY = 1_000_000
 MARKS = {"better": "▲", "worse": "▼", "no difference shown": " "}
 _PER_TABLE = 3
 
@@ -54,16 +55,22 @@ def headlines(findings: Findings) -> list[str]:
 def headline(findings: Findings, mixture: str) -> str:
     own = [c for c in findings.conclusions if c.mixture == mixture and c.domain is not None]
     mean = next(c for c in findings.conclusions if c.mixture == mixture and c.domain is None)
-    counts = []
-    for word, said in (("helps", "helps in"), ("hurts", "hurts in"), ("cannot be told", "cannot be told in")):
-        names = [str(c.domain) for c in own if c.word == word]
-        named = f" ({', '.join(names)})" if names else ""
-        counts.append(f"{said} {len(names)}{named}")
-    verdict = {"helps": "it helps", "hurts": "it hurts", "cannot be told": "it cannot be told whether it helps"}
-    return (
-        f"{mixture}, of {len(own)} domains: {', '.join(counts)}. On the mean of domains {verdict[mean.word]}: "
-        f"{against(mean.versus)}."
+    said = {
+        "helps": f"{mixture} beats every single model of equal budget in the mean of domains, the nearest by",
+        "hurts": f"{mixture} is worse than a single model of equal budget in the mean of domains:",
+        "cannot be told": f"Whether {mixture} helps in the mean of domains cannot be told:",
+    }
+    helped, hurt, open_ = (
+        [str(c.domain) for c in own if c.word == word] for word in ("helps", "hurts", "cannot be told")
     )
+    return (
+        f"{said[mean.word]} {against(mean.versus)}. It helps in {len(helped)} of {len(own)} domains{_named(helped)}, "
+        f"hurts in {len(hurt)}{_named(hurt)}, and cannot be told in {len(open_)}."
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
 
 
 def conclusions(findings: Findings) -> list[str]:
@@ -89,11 +96,17 @@ def against(versus: Versus) -> str:
 def more_needed(versus: Versus) -> str:
     """How many more pairs would tell the difference that was seen, and what these pairs could have told."""
     told = versus.power
-    able = f"These {versus.num_pairs:,} pairs tell a difference of {100 * told.detectable:.1f} points"
-    if told.more_pairs is None:
+    able = f"These {versus.num_pairs:,} pairs stand in {versus.num_groups:,} prompt groups"
+    if told.detectable is None:
+        able += f", too few to tell any difference: that takes {told.least_groups} at least"
+    else:
+        able = f"These {versus.num_pairs:,} pairs tell a difference of {100 * told.detectable:.1f} points"
+    if told.more_pairs is None or told.more_groups is None:
         return f"{able}; of a difference of 0 no number of pairs would tell a direction."
     if told.more_pairs == 0:
-        return f"{able}; as many again would settle it."
+        return f"{able}; the one seen is larger, but rests on few or uneven prompt groups."
+    if told.more_pairs > MANY:
+        return f"{able}; to tell one as small as was seen would take more than {MANY:,} more pairs."
     return (
         f"{able}; if the true difference is the one seen, {told.more_pairs:,} more pairs "
         f"({told.more_groups:,} more prompt groups) would tell."
@@ -117,6 +130,11 @@ def notes(findings: Findings) -> list[str]:
         "A mixture helps where it is better than every single model of equal budget, and hurts where it is worse than "
         "one of them.",
     ]
+    if few := {d: n for d, n in findings.num_groups.items() if n < FEW_GROUPS}:
+        found.append(
+            f"Few prompt groups: {', '.join(f'{d} {n}' for d, n in few.items())}. Their intervals are Student's; the "
+            "bootstrap interval of a mean that holds them is too narrow. Go by the tests."
+        )
     if flagged:
         named = ", ".join(f"{d} ({', '.join(f)})" for d, f in flagged.items())
         found.append(f"Domains that tell systems apart hardly or not: {named}. See the mean without them.")
@@ -138,11 +156,6 @@ def _length_alone(findings: Findings) -> str:
     return ", ".join(f"{d} ({percent(rule[d])})" for d in findings.domains if rule[d] >= best[d])
 
 
-def flag_words(flags: Sequence[str]) -> str:
-    meaning = {CHANCE: "every system's interval holds 50 %", SATURATED: "every system is right in 99 %"}
-    return "; ".join(meaning[flag] for flag in flags)
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -158,13 +171,19 @@ def accuracy_tables(findings: Findings) -> list[Table]:
         Column("longer\nwins", [*rule, mean_rule, *[MISSING] * some, MISSING]),
     ]
     flags = Column(
-        "notes", [*(", ".join(findings.flags[d]) for d in findings.domains), *[""] * (some + 2)], is_words=True
+        "notes", [*(", ".join(_marks(findings, d)) for d in findings.domains), *[""] * (some + 2)], is_words=True
     )
     shown = [Column(s.label, _accuracies(findings, s)) for s in findings.systems.values()]
     return [
         Table([labels, *fixed, *shown[i : i + _PER_TABLE], flags], num_domains=len(findings.domains))
         for i in range(0, len(shown), _PER_TABLE)
     ]
+
+
+def _marks(findings: Findings, domain: str) -> list[str]:
+    num_groups = findings.num_groups[domain]
+    few = [f"{num_groups} group{'s' * (num_groups > 1)}"] if num_groups < FEW_GROUPS else []
+    return [*findings.flags[domain], *few]
 
 
 def _row_names(findings: Findings) -> list[str]:

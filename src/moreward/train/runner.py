@@ -152,6 +152,11 @@ def _train_in(run: Path, config: RunConfig, pairs: Pairs, reporter: Reporter) ->
     return run
 
 
+def complete(config: RunConfig, pairs: Pairs) -> RunConfig:
+    """The configuration as a run's card has it: with everything that the data decide filled in."""
+    return settled(with_objectives(config, pairs.ratings), pairs.train)
+
+
 def settled(config: RunConfig, preferences: Sequence[Preference]) -> RunConfig:
     """The configuration with what the recipe takes from the training pairs."""
     recipe = find_recipe(config.recipe)
