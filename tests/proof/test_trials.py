@@ -123,6 +123,18 @@ def test_single_models_have_the_budgets_of_the_mixture_as_near_as_can_be(
         assert abs(chosen.budgets[label].of(kind) - mixture.of(kind)) <= slack[kind], kind
 
 
+def test_single_models_on_several_backbones_are_told_apart_by_backbone(tiny_backbone: Tiny, tmp_path: Path) -> None:
+    told = given(tiny_backbone("bert"), tmp_path / "out")
+    roberta = tiny_backbone("roberta")
+    told["systems"] = {"mix": {"recipe": "rodos"}, "other": {"recipe": "rodos", "backbone": str(roberta)}}
+    experiment = read_experiment(written(told, tmp_path / "e.yaml"))
+    configs = {label: config_of(experiment, label, {"train": ["x"]}) for label in told["systems"]}
+    pairs = [Preference(prompt=f"q{i}", chosen="a", rejected="b", domain="ab"[i % 2]) for i in range(40)]
+    controls = plan(experiment, configs, lambda config: Pairs(pairs, [])).controls
+    assert controls["mix"]["active"] == "single, frozen"
+    assert controls["other"]["active"] == f"single, frozen, {roberta.name}"
+
+
 def test_members_of_an_averaged_single_model_are_runs_of_other_seeds(report: Report) -> None:
     total = report.findings.controls["mix"]["total"]
     assert report.findings.systems[total].members == 2

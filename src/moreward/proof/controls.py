@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +100,10 @@ def _settled(twin: Planned, planned: list[Planned]) -> str:
         if one.same_as(twin):
             return one.label
     taken = {one.label for one in planned}
-    label = next(name for name in (twin.label, *(f"{twin.label} ({i})" for i in range(2, 100))) if name not in taken)
+    # Experiments on several backbones have the same single model once for each.
+    on_backbone = f"{twin.label}, {Path(twin.config.backbone).name}"
+    names = (twin.label, on_backbone, *(f"{twin.label} ({i})" for i in range(2, 100)))
+    label = next(name for name in names if name not in taken)
     planned.append(replace(twin, label=label))
     return label
 
