@@ -84,9 +84,9 @@ def test_the_budget_counts_over_all_calls() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL about its own settings
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("where", ["process", "server"])
-def test_grpo_trains_on_our_rewards(
-    where: str, run: Path, live: Live, tiny_backbone: Tiny, tmp_path: Path, scorer: Scorer
+@pytest.mark.parametrize(("method", "where"), [("GRPO", "process"), ("GRPO", "server"), ("RLOO", "process")])
+def test_trl_trains_on_our_rewards(
+    method: str, where: str, run: Path, live: Live, tiny_backbone: Tiny, tmp_path: Path, scorer: Scorer
 ) -> None:
     trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'moreward[trl]'")
     from datasets import Dataset
@@ -106,12 +106,12 @@ def test_grpo_trains_on_our_rewards(
 
     watched.__name__ = inner.__name__
     rows = [{"prompt": p, "domain": d} for p, d in zip(PROMPTS, ("long", "short"), strict=True)]
-    trainer = trl.GRPOTrainer(
+    trainer = getattr(trl, f"{method}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(folder),
         processing_class=tokenizer,
         reward_funcs=watched,
         train_dataset=Dataset.from_list(rows),
-        args=trl.GRPOConfig(
+        args=getattr(trl, f"{method}Config")(
             output_dir=str(tmp_path),
             max_steps=2,
             per_device_train_batch_size=4,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import struct
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from moreward.scoring import Scorer
+from moreward.serve.openapi import described
 from moreward.types import Rendered
 from serving import Live
 
@@ -251,6 +254,28 @@ def test_the_same_text_gets_the_same_bits_in_any_company(client: httpx2.Client) 
 def test_openapi_lists_every_format(client: httpx2.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/v1/rewards", "/v1/compare", "/get_reward", "/classify", "/predict", "/rerank", "/rm"} <= set(paths)
+
+
+def test_the_description_that_is_checked_in_is_that_of_the_routes() -> None:
+    file = Path(__file__).parents[2] / "docs" / "openapi.json"
+    again = "python -m moreward.serve.openapi > docs/openapi.json"
+    assert json.loads(file.read_text(encoding="utf-8")) == json.loads(described()), again
+
+
+def test_tei_says_what_a_reply_cost(client: httpx2.Client) -> None:
+    reply = client.post("/predict", json={"inputs": [[PROMPT, RESPONSE], ["alone"]]})
+    told = {name: value for name, value in reply.headers.items() if name.startswith("x-") and "time" in name}
+    assert set(told) == {f"x-{what}-time" for what in ("compute", "total", "tokenization", "queue", "inference")}
+    milliseconds = {name: int(value) for name, value in told.items()}
+    assert milliseconds["x-total-time"] >= milliseconds["x-inference-time"] >= 0
+    assert reply.headers["x-compute-type"] == "cpu"
+    assert reply.headers["x-compute-characters"] == str(len(PROMPT + RESPONSE + "alone"))
+    one_by_one = [client.post("/predict", json={"inputs": [i]}) for i in ([PROMPT, RESPONSE], ["alone"])]
+    tokens = [int(one.headers["x-compute-tokens"]) for one in one_by_one]
+    assert reply.headers["x-compute-tokens"] == str(sum(tokens))
+    assert min(tokens) > 0
+    ranked = client.post("/rerank", json={"query": PROMPT, "texts": [RESPONSE]})
+    assert ranked.headers["x-compute-tokens"] == str(tokens[0])
 
 
 def test_metrics_count_and_name_no_text(client: httpx2.Client) -> None:

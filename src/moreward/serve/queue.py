@@ -44,7 +44,10 @@ class Batched:
 
 @dataclass(eq=False)
 class Queue:
-    """Holds so many items and tokens, those that the model works on included. `told` is called after each batch."""
+    """Holds so many items and tokens, those that the model works on included. `told` is called after each batch.
+
+    Each result is told its seconds: `waited` for the model, and `took`, those of its batch.
+    """
 
     model: Model
     limits: Limits
@@ -115,12 +118,13 @@ class Queue:
                         one.answer.set_exception(fault)
                 self._leave(batch)
                 continue
+            took = time.monotonic() - began
             self._leave(batch)
             for one, result in zip(batch, results, strict=True):
                 if not one.answer.done():
-                    one.answer.set_result(result)
+                    one.answer.set_result({**result, "waited": began - one.since, "took": took})
             waited = began - min(one.since for one in batch)
-            self.told(Batched(len(batch), sum(one.size for one in batch), waited, time.monotonic() - began))
+            self.told(Batched(len(batch), sum(one.size for one in batch), waited, took))
 
     def _next(self) -> list[Waiting]:
         """The oldest jobs, as many as make a batch."""

@@ -89,7 +89,6 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(settings.limits.drain),
-        h11_max_incomplete_event_size=2**16,
     )
     server = Server(config)
 

@@ -5,6 +5,7 @@ Where it differs: `truncate` cuts the start, so that the response's end stays, a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -12,10 +13,10 @@ from fastapi import APIRouter, Response
 from pydantic import Field, model_validator
 
 from moreward import __version__
-from moreward.serve.door import Door, conversation, rendered, sigmoid
+from moreward.serve.door import Door, conversation, job_length, rendered, sigmoid
 from moreward.serve.faults import Fault
 from moreward.serve.queue import Job, Result
-from moreward.serve.routes.common import Body, Seconds, StrictRoute, TheDoor, say_truncated
+from moreward.serve.routes.common import Body, Seconds, StrictRoute, TheDoor, num_tokens, say_truncated
 
 router = APIRouter(route_class=StrictRoute, tags=["text-embeddings-inference"])
 
@@ -54,8 +55,7 @@ async def predict(body: Predict, response: Response, door: TheDoor, seconds: Sec
     if not inputs:
         raise Fault(400, "empty_input", "inputs: is empty", param="inputs")
     jobs = [_job(one, i, bool(body.truncate)) for i, one in enumerate(inputs)]
-    results = await door.rewards(jobs, seconds, "inputs")
-    say_truncated(response, results)
+    results = await _results(jobs, response, door, seconds, "inputs")
     is_raw = body.raw_scores or body.parameters.function_to_apply == "none"
     told = [[{"score": _value(result, is_raw), "label": "REWARD"}] for result in results]
     return told if is_batch else told[0]
@@ -73,8 +73,7 @@ async def ranked(
     if not texts:
         raise Fault(400, "empty_input", "texts: is empty", param="texts")
     jobs = [_job([query, text], i, bool(options.truncate)) for i, text in enumerate(texts)]
-    results = await door.rewards(jobs, seconds, "texts")
-    say_truncated(response, results)
+    results = await _results(jobs, response, door, seconds, "texts")
     values = [_value(result, options.raw_scores) for result in results]
     order = sorted(range(len(values)), key=lambda i: -values[i])
     return [{"index": i, "score": values[i], **({"text": texts[i]} if return_text else {})} for i in order]
@@ -101,6 +100,26 @@ async def info(door: TheDoor) -> dict[str, Any]:
         "sha": None,
         "docker_label": None,
     }
+
+
+async def _results(jobs: Sequence[Job], response: Response, door: Door, seconds: float, where: str) -> list[Result]:
+    """With the headers that tell what it cost, in milliseconds; of several batches the longest time."""
+    began = time.monotonic()
+    results = await door.rewards(jobs, seconds, where)
+    say_truncated(response, results)
+    total = time.monotonic() - began
+    times = {
+        "x-compute-time": total,
+        "x-total-time": total,
+        "x-tokenization-time": 0.0,  # done in the model's process, as part of the inference
+        "x-queue-time": max(result["waited"] for result in results),
+        "x-inference-time": max(result["took"] for result in results),
+    }
+    response.headers.update({name: str(round(1000 * value)) for name, value in times.items()})
+    response.headers["x-compute-type"] = "gpu" if str(door.about.get("device")).startswith("cuda") else "cpu"
+    response.headers["x-compute-characters"] = str(sum(map(job_length, jobs)))
+    response.headers["x-compute-tokens"] = str(num_tokens(results))
+    return results
 
 
 def _job(one: Any, i: int, truncate: bool) -> Job:
