@@ -25,8 +25,8 @@ from trained import trained
 Get = Callable[[str], Path]
 CASES = [
     ("arliss", "bert", "pooling=own"),
-    ("arliss", "gpt2"),
-    ("rodos", "llama"),
+    ("arliss", "gpt2", "data.max_length=120"),
+    ("rodos", "llama", "data.max_length=120"),
     ("baseline", "deberta-v2", "pooling=own"),
     ("base_lora", "roberta", "pooling=own"),
     ("arliss", "modernbert", "pooling=own"),
@@ -108,7 +108,7 @@ print(json.dumps(told))
 
 
 def test_a_fresh_process_without_this_package(scorer_of: Callable[..., Scorer], tmp_path: Path) -> None:
-    one = export_merged(scorer_of("rodos", "llama"), tmp_path / "out")[0]
+    one = export_merged(scorer_of("rodos", "llama", "data.max_length=120"), tmp_path / "out")[0]
     golden = json.loads((one.folder / "moreward.json").read_text(encoding="utf-8"))["golden"]
     told = subprocess.run(
         [sys.executable, "-c", FRESH, str(one.folder)],
