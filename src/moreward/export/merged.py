@@ -142,13 +142,11 @@ def _forget_token_types(model: nn.Module) -> None:
 
 def _set_pad(tokenizer: Any, model: Any) -> None:
     """A pad token that ends no text: where it is the end token, plain decoders read the reward one token early."""
-    taken = {tokenizer.eos_token_id, tokenizer.unk_token_id}
-    if model.config.get_text_config().pad_token_id is None or tokenizer.pad_token_id in taken:
-        if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
-            tokenizer.add_special_tokens({"pad_token": PAD})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            with torch.random.fork_rng(devices=[]):
-                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
