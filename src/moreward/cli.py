@@ -20,6 +20,7 @@ from moreward.cli_common import (
 )
 from moreward.cli_compare import EPILOG as COMPARE_EPILOG
 from moreward.cli_compare import compare
+from moreward.cli_export import export
 from moreward.cli_label import EPILOG, label
 from moreward.cli_serve import serve
 from moreward.errors import ConfigError, MorewardError
@@ -42,6 +43,7 @@ data_app.command("label", epilog=EPILOG)(label)
 app.add_typer(data_app, name="data")
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command()(serve)
+app.command()(export)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
 Data = Annotated[

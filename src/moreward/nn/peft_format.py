@@ -41,7 +41,7 @@ def write_adapter(
     bank = backbone.bank
     assert bank is not None
     folder.mkdir(parents=True)
-    is_classifier = _pools_as_classifier(backbone) and len(head.layers) == 1
+    is_classifier = pools_as_classifier(backbone) and len(head.layers) == 1
     whole = _whole_modules(backbone) if is_classifier else []
     kept = [m for m in bank.shapes if not any(m == w or m.startswith(f"{w}.") for w in whole)]
     path = _path_in_file(backbone, is_classifier)
@@ -88,7 +88,7 @@ def read_adapter(folder: Path, backbone: Backbone, name: str) -> RewardHead:
             f"{folder}: rank {config['r']} and alpha {config['lora_alpha']}, the bank has {bank.rank} and {bank.alpha}"
         )
     is_classifier = config["task_type"] == "SEQ_CLS"
-    if is_classifier and not _pools_as_classifier(backbone):
+    if is_classifier and not pools_as_classifier(backbone):
         raise RunError(f"{folder}: a sequence classifier, but the backbone's pooling is {backbone.pooling!r}")
     path = _path_in_file(backbone, is_classifier)
     tensors = {k.removeprefix(PREFIX): v for k, v in load_file(folder / WEIGHTS).items()}
@@ -177,7 +177,7 @@ def _is_unchanged(backbone: Backbone, name: str, value: Tensor) -> bool:
     return own is not None and torch.equal(own, value)
 
 
-def _pools_as_classifier(backbone: Backbone) -> bool:
+def pools_as_classifier(backbone: Backbone) -> bool:
     return backbone.pooling == ("last" if backbone.is_decoder else "own")
 
 

@@ -1,0 +1,29 @@
+"""`moreward export`: a run in the forms of other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", help="A new folder.", show_default=False)],
+    to: Annotated[Literal["merged"], typer.Option("--to", help="merged: plain classifiers.")] = "merged",
+    backbone: Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")] = None,
+) -> None:
+    """Write every expert as a plain classifier directory that transformers loads."""
+    from moreward.export.merged import export_merged
+    from moreward.scoring import load
+
+    done = export_merged(load(run, backbone=backbone, device="cpu"), out)
+    for one in done:
+        typer.echo(f"{one.folder}: golden rewards differ by at most {one.difference:.2g} in transformers")
+        if one.offset:
+            typer.echo(f"  add {one.offset:.6g} to its logit for the standardised reward: decoders' heads have no bias")
+    if len(done) > 1:
+        typer.echo("The router is not in these directories: each gives the rewards of its own expert.")

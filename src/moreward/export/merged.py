@@ -1,0 +1,215 @@
+"""Each expert as a plain `*ForSequenceClassification` directory, as transformers, TRL, vLLM and TEI load it.
+
+Adapters are merged into the weights, zero and unit into the head. N texts, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moreward.checkpoint import write_json, write_manifest
+from moreward.data.batches import Encoded
+from moreward.errors import ConfigError, RunError
+from moreward.export.parts import Part, new_folder, parts_of
+from moreward.items import as_text
+from moreward.nn.backbone import quiet
+from moreward.nn.peft_format import folded, pools_as_classifier
+from moreward.scoring import Scorer
+from moreward.types import Conversation
+
+TOLERANCE = 1e-5
+"""Relative to the largest of the golden rewards, or to 1 where they are smaller."""
+NOTE = "moreward.json"
+PAD = "<|moreward_pad|>"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`difference` is the largest between golden rewards of this directory, reloaded by transformers, and our own.
+    `offset` is what must be added to the logit: a decoder's classifier has no bias that could hold it."""
+
+    folder: Path
+    expert: str
+    difference: float
+    offset: float
+
+
+def export_merged(scorer: Scorer, out: Path) -> list[Exported]:
+    """Write a directory per expert, `out/NAME`; a single model is `out` itself.
+
+    Nothing is left behind unless transformers, loading what was written, gives the golden rewards again. ConfigError
+    for what the plain classes do not compute, before anything is written; RunError where rewards differ.
+    """
+    parts = parts_of(scorer.system)
+    for part in parts:
+        _check(part)
+    if not scorer.card["golden"]:
+        raise RunError("export: this run has no golden rewards, so nothing could be compared; train it on texts")
+    with new_folder(out) as temporary:
+        alone = len(parts) == 1 and not parts[0].expert
+        done = []
+        for part in parts:
+            name = "" if alone else part.name
+            offset = _write(temporary / name, scorer, part)
+            difference = _compare(temporary / name, scorer, part.expert, offset)
+            write_manifest(temporary / name, kind="moreward-merged")
+            done.append(Exported(out / name, part.expert, difference, offset))
+    return done
+
+
+def _check(part: Part) -> None:
+    backbone, bank = part.backbone, part.backbone.bank
+    if not pools_as_classifier(backbone):
+        raise ConfigError(
+            f"export: pooling {backbone.pooling!r} is computed by no plain classifier; a merged export needs "
+            f"pooling={'last' if backbone.is_decoder else 'own'} when the run is trained."
+        )
+    if len(part.head.layers) > 1:
+        raise ConfigError("export: the head is an mlp; a plain classifier has one linear layer. Train with head=linear")
+    if bank is not None and bank.active_tokens is not None:
+        raise ConfigError("export: adapters that act on the last tokens only (active_tokens) cannot be merged")
+
+
+def _write(folder: Path, scorer: Scorer, part: Part) -> float:
+    """Returns the offset."""
+    folder.mkdir(exist_ok=True)
+    tokenizer = copy.deepcopy(scorer.encoder.tokenizer)
+    model, offset = merged_model(part)
+    _set_pad(tokenizer, model)
+    # The model was trained without token types, and pipelines would pass them.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.model_max_length = scorer.encoder.max_length
+    tokenizer.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
+    write_json(folder / NOTE, _note(scorer, part, offset))
+    return offset
+
+
+@torch.no_grad()
+def merged_model(part: Part) -> tuple[Any, float]:
+    """The plain model of an expert, and what must be added to its logit to give the standardised reward."""
+    from transformers import AutoModelForSequenceClassification
+
+    backbone = part.backbone
+    config = copy.deepcopy(backbone.config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "REWARD"}, {"REWARD": 0}
+    config.problem_type = "regression"
+    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    config.dtype = "float32"
+    weight_1D, bias_1 = folded(part.head, part.standardize)
+    prefix = "" if backbone.pooling == "own" else f"{backbone.base_prefix}."
+    tensors = {f"{prefix}{key}": value for key, value in _merged_tensors(part).items()}
+    tensors[f"{backbone.last_linear}.weight"] = weight_1D
+    if not backbone.is_decoder:
+        tensors[f"{backbone.last_linear}.bias"] = bias_1
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForSequenceClassification.from_config(config)
+    model.load_state_dict({key: value.detach().cpu() for key, value in tensors.items()})
+    _forget_token_types(model)
+    return model.eval(), float(bias_1) if backbone.is_decoder else 0.0
+
+
+def _merged_tensors(part: Part) -> dict[str, Tensor]:
+    """The transformer's tensors with the adapter's products added."""
+    from transformers.pytorch_utils import Conv1D
+
+    backbone, bank = part.backbone, part.backbone.bank
+    tensors = dict(backbone.model.state_dict())
+    if bank is not None and part.adapter is not None:
+        for module in bank.shapes:
+            key, delta = f"{module}.weight", bank.merged_delta(part.adapter, module)
+            is_transposed = isinstance(backbone.model.get_submodule(module), Conv1D)
+            tensors[key] = tensors[key] + (delta.T if is_transposed else delta)
+    return tensors
+
+
+def _forget_token_types(model: nn.Module) -> None:
+    """Give every token type the embedding of type 0, the only one that training saw: engines that pass types for the
+    second text of a pair then compute the same reward."""
+    for name, module in model.named_modules():
+        if name.endswith("token_type_embeddings") and isinstance(module, nn.Embedding):
+            module.weight.copy_(module.weight[:1].expand_as(module.weight))
+
+
+def _set_pad(tokenizer: Any, model: Any) -> None:
+    """A pad token that ends no text: where it is the end token, plain decoders read the reward one token early."""
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _note(scorer: Scorer, part: Part, offset: float) -> dict[str, Any]:
+    """Where the directory comes from, and its golden rewards."""
+    golden = [
+        {
+            "prompt": stored["prompt"],
+            "response": stored["response"],
+            "ids": list(_encoded(scorer, stored).ids),
+            "reward": stored["experts"][part.expert] if part.expert else stored["reward"],
+        }
+        for stored in scorer.card["golden"]
+    ]
+    return {
+        "recipe": scorer.card["recipe"],
+        "expert": part.expert,
+        "run": scorer.identity,
+        "offset": offset,
+        "max_length": scorer.encoder.max_length,
+        "golden": golden,
+    }
+
+
+def _encoded(scorer: Scorer, stored: dict[str, Any]) -> Encoded:
+    item = Conversation(prompt=as_text(stored["prompt"]), response=as_text(stored["response"]))
+    return scorer.encoder.conversation(item)
+
+
+def _compare(folder: Path, scorer: Scorer, expert: str, offset: float) -> float:
+    """The largest difference of golden rewards, in a batch as others make them: padded, with the pad token. RunError
+    beyond rounding."""
+    told = json.loads((folder / NOTE).read_text(encoding="utf-8"))["golden"]
+    wanted_N = torch.tensor([one["reward"] for one in told], dtype=torch.float64)
+    found_N = plain_rewards(folder, [one["ids"] for one in told]).double() + offset
+    difference = float((found_N - wanted_N).abs().max())
+    if not difference <= _allowed(scorer, expert, wanted_N):
+        raise RunError(
+            f"{expert or 'the model'}: transformers gives other rewards than this run (largest difference "
+            f"{difference:.2g}); nothing was exported. The architecture may compute them in another way."
+        )
+    return difference
+
+
+def _allowed(scorer: Scorer, expert: str, wanted_N: Tensor) -> float:
+    """What rounding of a raw reward may do, in units of the expert."""
+    one = next(p.standardize for p in parts_of(scorer.system) if p.expert == expert)
+    raw = max(1.0, abs(float(one.mean))) / float(one.std)
+    return TOLERANCE * max(1.0, float(wanted_N.abs().max()), raw)
+
+
+@torch.no_grad()
+def plain_rewards(folder: Path, texts: list[list[int]]) -> Tensor:
+    """`reward_N`: the logits that transformers gives to token ids, loaded anew from `folder`."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = max(len(ids) for ids in texts)
+    ids_NT = torch.full((len(texts), longest), tokenizer.pad_token_id)
+    mask_NT = torch.zeros_like(ids_NT)
+    for n, ids in enumerate(texts):
+        ids_NT[n, : len(ids)] = torch.tensor(ids)
+        mask_NT[n, : len(ids)] = 1
+    return model(input_ids=ids_NT, attention_mask=mask_NT).logits[:, 0]  # type: ignore[no-any-return]
