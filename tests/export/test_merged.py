@@ -27,9 +27,9 @@ CASES = [
     ("arliss", "bert", "pooling=own"),
     ("arliss", "gpt2", "data.max_length=120"),
     ("rodos", "llama", "data.max_length=120"),
-    ("baseline", "deberta-v2", "pooling=own"),
-    ("base_lora", "roberta", "pooling=own"),
-    ("arliss", "modernbert", "pooling=own"),
+    ("baseline", "deberta-v2", "pooling=own", "data.max_length=120"),
+    ("base_lora", "roberta", "pooling=own", "data.max_length=120"),
+    ("arliss", "modernbert", "pooling=own", "data.max_length=120"),
 ]
 
 
