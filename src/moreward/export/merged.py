@@ -1,4 +1,4 @@
-"""Each expert as a plain `*ForSequenceClassification` directory, as transformers, TRL, vLLM and TEI load it.
+"""Each expert as a plain `*ForSequenceClassification` directory, which transformers loads by itself.
 
 Adapters are merged into the weights, zero and unit into the head. N texts, T tokens, D hidden.
 """
@@ -112,7 +112,7 @@ def merged_model(part: Part) -> tuple[Any, float]:
     if not backbone.is_decoder:
         tensors[f"{backbone.last_linear}.bias"] = bias_1
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     model.load_state_dict({key: value.detach().cpu() for key, value in tensors.items()})
     _forget_token_types(model)
     return model.eval(), float(bias_1) if backbone.is_decoder else 0.0
