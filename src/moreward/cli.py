@@ -20,6 +20,8 @@ from moreward.cli_common import (
 )
 from moreward.cli_compare import EPILOG as COMPARE_EPILOG
 from moreward.cli_compare import compare
+from moreward.cli_domains import EPILOG as DOMAINS_EPILOG
+from moreward.cli_domains import domains
 from moreward.cli_export import export
 from moreward.cli_label import EPILOG, label
 from moreward.cli_serve import serve
@@ -40,6 +42,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at preference data; make labels of capabilities.", no_args_is_help=True)
 data_app.command("label", epilog=EPILOG)(label)
+data_app.command("domains", epilog=DOMAINS_EPILOG)(domains)
 app.add_typer(data_app, name="data")
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command()(serve)
