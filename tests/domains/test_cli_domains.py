@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from moreward.cli import app
-from moreward.errors import DataError
+from moreward.data.load import load_preferences
+from moreward.errors import ConfigError, DataError
 from moreward.types import Preference
 
 Tiny = Callable[[str], Path]
@@ -57,3 +58,22 @@ def test_the_tables_fit_the_terminal(data: Path, tiny_backbone: Tiny) -> None:
 def test_one_domain_is_refused_before_anything_is_loaded(data: Path) -> None:
     with pytest.raises(DataError, match="All pairs are of domain long"):
         typed("--data", data / "long.jsonl", "--backbone", "nowhere")
+
+
+def test_what_is_discovered_is_shown_and_written_as_rows(data: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "named.jsonl"
+    words = ["--data", data, "--backbone", tiny_backbone("bert"), "--discover", 2, "--max-pairs", 40, "--write", out]
+    said = typed(*words)
+    assert "With the data's own labels, which were hidden:" in " ".join(said.stdout.split())
+    assert "cluster-0, to look at:" in said.stdout
+    named = load_preferences(out).preferences
+    assert len(named) == 80
+    assert {p.domain for p in named} == {"cluster-0", "cluster-1"}
+    with pytest.raises(ConfigError, match="is there already"):
+        typed(*words)
+
+
+def test_all_faults_of_the_options_are_told_at_once(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        typed("--data", data, "--write", tmp_path / "x.jsonl", "--by", "mood")
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["--by", "--write"]

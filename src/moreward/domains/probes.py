@@ -69,14 +69,18 @@ def _of_unit_length(x_BK: Floats) -> Floats:
     return scaled
 
 
-def fit(x_BK: Floats, penalty: float, start_K: Floats | None = None) -> Floats:
-    """`weight_K` of least mean log(1 + exp(-xw)) + ½ penalty |w|²: the Bradley–Terry loss, to its minimum."""
+def fit(x_BK: Floats, penalty: float, start_K: Floats | None = None, *, share_B: Floats | None = None) -> Floats:
+    """`weight_K` of least mean log(1 + exp(-xw)) + ½ penalty |w|²: the Bradley–Terry loss, to its minimum.
+
+    `share_B` is what each pair counts (1 by default); the mean stays over all B.
+    """
+    count_B = np.ones(len(x_BK)) if share_B is None else share_B
     from scipy.optimize import minimize
 
     def loss_and_slope(weight_K: Floats) -> tuple[float, Floats]:
         margin_B = (x_BK @ weight_K.astype(x_BK.dtype)).astype(np.float64)
-        loss = float(np.logaddexp(0, -margin_B).mean()) + penalty / 2 * float(weight_K @ weight_K)
-        wrong_B = np.exp(-np.logaddexp(0, margin_B)) / len(x_BK)
+        loss = float((count_B * np.logaddexp(0, -margin_B)).mean()) + penalty / 2 * float(weight_K @ weight_K)
+        wrong_B = count_B * np.exp(-np.logaddexp(0, margin_B)) / len(x_BK)
         return loss, penalty * weight_K - (wrong_B.astype(x_BK.dtype) @ x_BK).astype(np.float64)
 
     start = np.zeros(x_BK.shape[1]) if start_K is None else start_K

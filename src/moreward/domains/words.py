@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from moreward.domains.advice import LEAVE, MERGE, RULE, SPLIT, Advice, Findings, Gain, Share
+from moreward.domains.discover import Discovered
 from moreward.domains.null import WORDS, ErrorRates
 from moreward.report import Column, Table, terminal_table, terminal_text
+from moreward.types import Preference
 
 NULL_WORDS = {
     "shuffled": "labels shuffled over prompt groups",
@@ -46,6 +50,44 @@ def sentence(one: Advice) -> str:
         f"{one.domain}: {said}. Its own probe is right in {_share(one.own)} of held-out pairs, "
         f"{_gain(one.over_pooled)} points over the pooled probe and {_gain(one.over_control)} over the pooled control."
     )
+
+
+def render_discovered(found: Sequence[Discovered], preferences: Sequence[Preference]) -> str:
+    """What was found, with pairs of each part to look at."""
+    parts = []
+    for one in found:
+        what = "Clusters of prompts" if one.kind == "cluster" else "Latent preference groups"
+        agreement = (
+            "" if one.agreement is None else f" With the data's own labels, which were hidden: {one.agreement:.3f}."
+        )
+        said = f"{what}. Normalised mutual information of two seeds: {one.stability:.3f}.{agreement}"
+        table = Table(
+            [
+                Column("part", [p.name for p in one.parts], is_words=True),
+                Column("pairs", [f"{p.num_pairs:,}" for p in one.parts]),
+                Column("the data's own labels", [_counts(p.labels) for p in one.parts], is_words=True),
+            ],
+            num_domains=len(one.parts),
+        )
+        parts.append(terminal_text([said], [table], []).strip())
+        for part in one.parts:
+            lines = [f"{part.name}, to look at:"]
+            for how, places in (("nearest", part.nearest), ("at random", part.random)):
+                lines += [f"    {how}: {example(preferences[i])}" for i in places]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def example(preference: Preference, width: int = 78) -> str:
+    """The prompt in one line of printable text."""
+    prompt = preference.prompt
+    text = prompt if isinstance(prompt, str) else " / ".join(str(turn.get("content") or "") for turn in prompt)
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return plain if len(plain) <= width else plain[: width - 3] + "..."
+
+
+def _counts(labels: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in labels.items())
 
 
 def advice_table(findings: Findings) -> Table:
