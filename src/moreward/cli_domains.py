@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BY = ("prompts", "preferences")
 
-EPILOG = "The rule behind the advice is printed with it, and stands in docs/domains.md with its error rates."
+EPILOG = "The rule behind the advice is printed with it; --null measures how often it is wrong on your data."
 
 
 def domains(
