@@ -48,6 +48,9 @@ def domains(
         bool, typer.Option("--truncate", help="Cut what is too long instead of leaving it out.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write domains.html with figures, and domains.json.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say whether each domain deserves an expert of its own: transfer, conflict, advice with its evidence."""
@@ -56,11 +59,16 @@ def domains(
     from moreward.domains.discover import discover as find_domains
     from moreward.domains.material import read_material
     from moreward.domains.null import simulate
+    from moreward.domains.page import write_advice, write_discovered
     from moreward.domains.words import render, render_discovered
     from moreward.train.track import Console
 
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device: {device!r} is neither cpu nor cuda")
+    if out:
+        from moreward.proof.figures import check_extra
+
+        check_extra()
     num_parts = _check_discovery(discover, write, by, null)
     loaded = of_whole_responses(load_preferences(data, shape=shape, domain_key=domain_key, use_margin=False))
     if not discover:
@@ -74,6 +82,8 @@ def domains(
         if write:
             _write(write, material.preferences, found[BY.index(by)])
         told_found = {one.kind: one.to_json() for one in found}
+        if out:
+            write_discovered(out, found, material.preferences, told_found)
         typer.echo(json.dumps(told_found, indent=1) if as_json else render_discovered(found, material.preferences))
         return
     findings = advise(material.pairs, seed=seed)
@@ -84,6 +94,8 @@ def domains(
         console.finish()
     told = findings.to_json() | {"error_rates": rates.to_json() if rates else None}
     told |= {"too_long": dict(material.too_long), "not_drawn": dict(material.not_drawn)}
+    if out:
+        write_advice(out, findings, rates, told)
     typer.echo(json.dumps(told, indent=1) if as_json else render(findings, rates))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -77,3 +78,23 @@ def test_all_faults_of_the_options_are_told_at_once(data: Path, tmp_path: Path) 
     with pytest.raises(ConfigError) as caught:
         typed("--data", data, "--write", tmp_path / "x.jsonl", "--by", "mood")
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["--by", "--write"]
+
+
+def test_the_page_stands_alone_and_texts_in_it_are_no_markup(data: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    nasty = data / "nasty.jsonl"
+    rows = [
+        {"prompt": f"<script>{n}</script>", "chosen": f"yes {n}", "rejected": "no", "domain": "<b>x"} for n in range(12)
+    ]
+    nasty.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["--data", data / "short.jsonl", "--data", nasty, "--backbone", tiny_backbone("bert"), "--max-pairs", 30]
+    typed(*words, "--out", tmp_path / "named")
+    typed(*words, "--out", tmp_path / "found", "--discover", 2)
+    nasty.unlink()
+    for folder in ("named", "found"):
+        page = (tmp_path / folder / "domains.html").read_text(encoding="utf-8")
+        assert "<script" not in page
+        assert "<b>x" not in page
+        assert not re.findall(r'(?:src|href)="http', page)
+        assert "prefers-color-scheme: dark" in page
+        assert json.loads((tmp_path / folder / "domains.json").read_text())
+    assert (tmp_path / "named" / "domains.html").read_text(encoding="utf-8").count("<svg") == 3

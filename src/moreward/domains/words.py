@@ -56,26 +56,30 @@ def render_discovered(found: Sequence[Discovered], preferences: Sequence[Prefere
     """What was found, with pairs of each part to look at."""
     parts = []
     for one in found:
-        what = "Clusters of prompts" if one.kind == "cluster" else "Latent preference groups"
-        agreement = (
-            "" if one.agreement is None else f" With the data's own labels, which were hidden: {one.agreement:.3f}."
-        )
-        said = f"{what}. Normalised mutual information of two seeds: {one.stability:.3f}.{agreement}"
-        table = Table(
-            [
-                Column("part", [p.name for p in one.parts], is_words=True),
-                Column("pairs", [f"{p.num_pairs:,}" for p in one.parts]),
-                Column("the data's own labels", [_counts(p.labels) for p in one.parts], is_words=True),
-            ],
-            num_domains=len(one.parts),
-        )
-        parts.append(terminal_text([said], [table], []).strip())
+        parts.append(terminal_text([discovered_words(one)], [discovered_table(one)], []).strip())
         for part in one.parts:
             lines = [f"{part.name}, to look at:"]
             for how, places in (("nearest", part.nearest), ("at random", part.random)):
                 lines += [f"    {how}: {example(preferences[i])}" for i in places]
             parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def discovered_words(one: Discovered) -> str:
+    """How far to believe it."""
+    what = "Clusters of prompts" if one.kind == "cluster" else "Latent preference groups"
+    hidden = "" if one.agreement is None else f" With the data's own labels, which were hidden: {one.agreement:.3f}."
+    return f"{what}. Normalised mutual information of two seeds: {one.stability:.3f}.{hidden}"
+
+
+def discovered_table(one: Discovered) -> Table:
+    """A row for each part."""
+    columns = [
+        Column("part", [p.name for p in one.parts], is_words=True),
+        Column("pairs", [f"{p.num_pairs:,}" for p in one.parts]),
+        Column("the data's own labels", [_counts(p.labels) for p in one.parts], is_words=True),
+    ]
+    return Table(columns, num_domains=len(one.parts))
 
 
 def example(preference: Preference, width: int = 78) -> str:
@@ -94,6 +98,7 @@ def advice_table(findings: Findings) -> Table:
     rows = findings.advice
     columns = [
         Column("domain", [one.domain for one in rows], is_words=True),
+        Column("advice", [advice_words(one) for one in rows], is_words=True),
         Column("pairs", [f"{one.num_pairs:,}" for one in rows]),
         Column("groups", [f"{one.num_groups:,}" for one in rows]),
         Column("own", [_percent(one.own.value) for one in rows]),
@@ -103,7 +108,6 @@ def advice_table(findings: Findings) -> Table:
         Column("own - control", [_gain(one.over_control) for one in rows]),
         Column("p split", [_p(one.p_split) for one in rows]),
         Column("p leave", [_p(one.p_leave) for one in rows]),
-        Column("advice", [_advice(one) for one in rows], is_words=True),
     ]
     return Table(columns, num_domains=len(rows))
 
@@ -161,7 +165,8 @@ def notes(findings: Findings) -> list[str]:
     ]
 
 
-def _advice(one: Advice) -> str:
+def advice_words(one: Advice) -> str:
+    """The advice in a word or three."""
     if one.word == MERGE:
         return f"merge with {next(iter(one.partners))}"
     return one.word

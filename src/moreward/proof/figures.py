@@ -72,7 +72,7 @@ def gains(findings: Findings) -> list[Picture]:
         tests = [v for v in findings.versus if v.mixture == mixture]
         singles = list(dict.fromkeys(v.single for v in tests))
         rows = [*findings.domains, None]
-        figure, axes = _figure(7.2, 0.9 + 0.22 * len(rows) * (len(singles) + 0.6))
+        figure, axes = new_figure(7.2, 0.9 + 0.22 * len(rows) * (len(singles) + 0.6))
         for s, single in enumerate(singles):
             mine = {v.domain: v for v in tests if v.single == single}
             _forest(axes, [mine[d] for d in rows], s, len(singles))
@@ -84,7 +84,7 @@ def gains(findings: Findings) -> list[Picture]:
             "Lines are 95 % intervals of this one comparison, over prompt groups. A filled mark stands after Holm's "
             "correction over all tests of the report; a hollow one does not. Right of the line the mixture is better."
         )
-        found.append(_picture(figure, f"gain-{_slug(mixture)}", f"What {mixture} gains", caption))
+        found.append(picture_of(figure, f"gain-{_slug(mixture)}", f"What {mixture} gains", caption))
     return found
 
 
@@ -112,7 +112,7 @@ def _with_kinds(test: Versus) -> str:
 def accuracies(findings: Findings) -> list[Picture]:
     rows = [*findings.domains, None]
     systems = list(findings.systems.values())
-    figure, axes = _figure(7.2, 1.0 + 0.16 * len(rows) * (len(systems) + 1))
+    figure, axes = new_figure(7.2, 1.0 + 0.16 * len(rows) * (len(systems) + 1))
     for s, system in enumerate(systems):
         for row, domain in enumerate(rows):
             one = system.mean if domain is None else system.accuracy[domain]
@@ -135,7 +135,7 @@ def accuracies(findings: Findings) -> list[Picture]:
         "Mean of seeds with 95 % intervals over prompt groups. Squares are single models, circles mixtures. The dotted "
         "line is a coin. Intervals of two systems may overlap where their paired difference is shown all the same."
     )
-    return [_picture(figure, "accuracy", "Accuracy by domain", caption)]
+    return [picture_of(figure, "accuracy", "Accuracy by domain", caption)]
 
 
 def confusions(findings: Findings) -> list[Picture]:
@@ -147,8 +147,8 @@ def confusions(findings: Findings) -> list[Picture]:
         shares = [[system.confusion[d].get(e, 0.0) for e in experts] for d in findings.domains]
         caption = "Rows: the prompt's domain. Columns: the expert with the largest weight. Shares of prompts, %."
         title = f"Where {system.label} sends prompts"
-        figure = _heat(shares, list(findings.domains), experts, low=0.0, high=1.0, colours="Blues")
-        found.append(_picture(figure, f"router-{_slug(system.label)}", title, caption))
+        figure = heat(shares, list(findings.domains), experts, low=0.0, high=1.0, colours="Blues")
+        found.append(picture_of(figure, f"router-{_slug(system.label)}", title, caption))
     return found
 
 
@@ -163,14 +163,14 @@ def error_correlations(findings: Findings) -> list[Picture]:
             "Correlation of two experts' errors on the same pairs, × 100. Near 100 they are one expert twice; near 0 a "
             "mixture of them has most to win."
         )
-        figure = _heat(rows, experts, experts, low=-1.0, high=1.0, colours="RdBu_r")
+        figure = heat(rows, experts, experts, low=-1.0, high=1.0, colours="RdBu_r")
         title = f"Do {system.label}'s experts err together?"
-        found.append(_picture(figure, f"errors-{_slug(system.label)}", title, caption))
+        found.append(picture_of(figure, f"errors-{_slug(system.label)}", title, caption))
     return found
 
 
 def reliability(findings: Findings) -> list[Picture]:
-    figure, axes = _figure(4.6, 4.2)
+    figure, axes = new_figure(4.6, 4.2)
     axes.plot([50, 100], [50, 100], color=GREY, linewidth=1, linestyle=":")
     for s, system in enumerate(findings.systems.values()):
         x = [100 * b.confidence for b in system.reliability]
@@ -183,14 +183,14 @@ def reliability(findings: Findings) -> list[Picture]:
         "A calibrated model lies on the dotted line; below it a model is too sure. In the legend the mean distance "
         "from the line by domain (ECE), before any temperature."
     )
-    return [_picture(figure, "reliability", "How sure, and how right", caption)]
+    return [picture_of(figure, "reliability", "How sure, and how right", caption)]
 
 
 def _with_ece(system: SystemFinding) -> str:
     return f"{system.label}  {100 * system.ece:.1f}"
 
 
-def _heat(
+def heat(
     rows: Sequence[Sequence[float | None]],
     row_names: Sequence[str],
     names: Sequence[str],
@@ -199,10 +199,11 @@ def _heat(
     high: float,
     colours: str,
 ) -> Figure:
+    """A matrix with each value in per cent; None stays empty. `colours` is the name of a colour map."""
     import numpy as np
 
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
-    figure, axes = _figure(1.9 + 0.55 * len(names), 1.2 + 0.42 * len(row_names))
+    figure, axes = new_figure(1.9 + 0.55 * len(names), 1.2 + 0.42 * len(row_names))
     axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     axes.grid(visible=False)
     for r, row in enumerate(values):
@@ -215,7 +216,8 @@ def _heat(
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -229,7 +231,8 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.axhline(len(names) - 1.5, color=GREY, linewidth=0.6)
 
 
-def _picture(figure: Figure, name: str, title: str, caption: str) -> Picture:
+def picture_of(figure: Figure, name: str, title: str, caption: str) -> Picture:
+    """The figure as SVG for a page and as PNG."""
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     figure.savefig(png, format="png", dpi=150, facecolor="white")

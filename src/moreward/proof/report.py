@@ -70,6 +70,7 @@ def page(findings: Findings, drawn: Sequence[Picture], more: Sequence[tuple[str,
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(files("moreward.proof").joinpath("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
+        css=style_sheet(),
         findings=findings,
         headlines=headlines(findings),
         conclusions=[(mixture, _cards(findings, mixture)) for mixture in findings.mixtures],
@@ -79,6 +80,11 @@ def page(findings: Findings, drawn: Sequence[Picture], more: Sequence[tuple[str,
         made=[f"{name}: {value}" for name, value in made().items()],
         configuration=yaml.safe_dump(dict(findings.configuration), sort_keys=False, allow_unicode=True),
     )
+
+
+def style_sheet() -> str:
+    """What all our pages look like, light and dark."""
+    return files("moreward.proof").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def _cards(findings: Findings, mixture: str) -> list[Mapping[str, str]]:
