@@ -71,6 +71,15 @@ def test_the_findings_are_told_whole(three: Findings) -> None:
     assert "The rule was fixed before it met any data" in said
 
 
+def test_no_cell_of_the_tables_is_cut_off() -> None:
+    pairs = replace(planted([axis(0), -axis(0), axis(1)], 60), names=("argument", "hellaswag", "a longer name"))
+    findings = advise(pairs)
+    said = render(findings)
+    for name in pairs.names:
+        assert len([line for line in said.splitlines() if line.lstrip().startswith(name)]) >= 4
+    assert "…" not in said
+
+
 def test_two_domains_of_one_function_are_merged_and_orthogonal_ones_differ() -> None:
     same = advise(planted([axis(0), axis(0)], 1200))
     assert [(one.word, *one.partners) for one in same.advice] == [("merge", "b"), ("merge", "a")]

@@ -27,7 +27,8 @@ def render(findings: Findings, rates: ErrorRates | None = None) -> str:
 def tables(findings: Findings, rates: ErrorRates | None = None) -> list[tuple[str, Table]]:
     """All tables with their titles."""
     found = [
-        ("Held-out accuracy, and what the own probe wins (95 % intervals)", advice_table(findings)),
+        ("Held-out accuracy of the probes, % (95 % intervals)", advice_table(findings)),
+        ("What the own probe wins, points; p after Holm's correction", gain_table(findings)),
         (
             "Trained on a row's domain, tested on a column's: held-out accuracy (95 % intervals)",
             transfer_table(findings),
@@ -47,7 +48,7 @@ def sentence(one: Advice) -> str:
         LEAVE: "leave with the others",
     }.get(one.word, one.word)
     return (
-        f"{one.domain}: {said}. Its own probe is right in {_share(one.own)} of held-out pairs, "
+        f"{one.domain}: {said}. Its own probe is right in {_share(one.own)} % of held-out pairs, "
         f"{_gain(one.over_pooled)} points over the pooled probe and {_gain(one.over_control)} over the pooled control."
     )
 
@@ -101,11 +102,19 @@ def advice_table(findings: Findings) -> Table:
         Column("advice", [advice_words(one) for one in rows], is_words=True),
         Column("pairs", [f"{one.num_pairs:,}" for one in rows]),
         Column("groups", [f"{one.num_groups:,}" for one in rows]),
-        Column("own", [_percent(one.own.value) for one in rows]),
-        Column("pooled", [_percent(one.pooled.value) for one in rows]),
-        Column("pooled\ncontrol", [_percent(one.control.value) for one in rows]),
-        Column("own - pooled", [_gain(one.over_pooled) for one in rows]),
-        Column("own - control", [_gain(one.over_control) for one in rows]),
+        Column("own", [_share(one.own) for one in rows]),
+        Column("pooled", [_share(one.pooled) for one in rows]),
+        Column("control", [_share(one.control) for one in rows]),
+    ]
+    return Table(columns, num_domains=len(rows))
+
+
+def gain_table(findings: Findings) -> Table:
+    rows = findings.advice
+    columns = [
+        Column("domain", [one.domain for one in rows], is_words=True),
+        Column("over pooled", [_gain(one.over_pooled) for one in rows]),
+        Column("over control", [_gain(one.over_control) for one in rows]),
         Column("p split", [_p(one.p_split) for one in rows]),
         Column("p leave", [_p(one.p_leave) for one in rows]),
     ]
@@ -173,7 +182,7 @@ def advice_words(one: Advice) -> str:
 
 
 def _share(share: Share) -> str:
-    return f"{_percent(share.value)} % ({_percent(share.interval.low)}-{_percent(share.interval.high)})"
+    return f"{_percent(share.value)} ({_percent(share.interval.low)}-{_percent(share.interval.high)})"
 
 
 def _with_interval(share: Share) -> str:
