@@ -1,0 +1,151 @@
+"""Finished runs made into one: `moreward ensemble`, `merge` and `fold`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moreward.cli_common import load_pairs, load_scorer
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)]
+NewRun = Annotated[Path, typer.Option("--out", help="The new run.", show_default=False)]
+Data = Annotated[
+    list[str], typer.Option("--data", metavar="PATH", help="Files, folders or globs of pairs; may be repeated.")
+]
+BackboneDir = Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Cut what is too long, and say so, instead of refusing.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    for command in (ensemble, merge, fold):
+        app.command()(command)
+
+
+def ensemble(
+    runs: Runs,
+    reference: Annotated[
+        list[str],
+        typer.Option("--reference", metavar="PATH", help="Pairs whose responses give each member its zero and unit."),
+    ],
+    out: NewRun,
+    how: Annotated[str, typer.Option(help="mean, median, worst, uncertainty or deviation.")] = "mean",
+    caution: Annotated[float, typer.Option(min=0, help="λ of uncertainty and deviation.")] = 0.5,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+) -> None:
+    """Make one cautious reward of finished runs, of any recipes on one backbone. Nothing is trained."""
+    from moreward.train.ensemble import ensemble as ensemble_runs
+
+    made = ensemble_runs(
+        runs,
+        load_pairs(reference, runs[0]),
+        out=out,
+        how=how,
+        caution=caution,
+        reference_name=", ".join(reference),
+        backbone=backbone,
+        truncate=truncate,
+    )
+    for run, (mean, std) in made.units.items():
+        typer.echo(f"{run}: zero {mean:+.3f}, unit {std:.3f} over {made.num_responses:,} responses")
+    if made.too_long:
+        typer.echo(f"{made.too_long:,} responses left out, longer than the limit (--truncate allows them)", err=True)
+    typer.echo(f"ensemble: {made.run}\nnext:     moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
+
+
+def merge(
+    runs: Runs,
+    out: NewRun,
+    weights: Annotated[str | None, typer.Option(help="One for each run, as 0.3,0.7; equal by default.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut the merged adapters to this rank.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="PATH", help="Held-out pairs: accuracy on the way.")
+    ] = None,
+    different_starts: Annotated[
+        bool, typer.Option("--different-starts", help="Also runs of different seeds, whose heads started apart.")
+    ] = False,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+) -> None:
+    """Average the weights of finished runs into one model of the cost of one (WARM)."""
+    from moreward.evals.run import within_limit
+    from moreward.train.merge import merge as merge_runs
+
+    held_out = load_pairs(data, runs[0]) if data else []
+    if held_out and not truncate:
+        held_out, too_long = within_limit(load_scorer(runs[0], truncate=False, backbone=backbone), held_out)
+        if too_long:
+            typer.echo(f"left out, longer than the limit: {sum(too_long.values())} pairs", err=True)
+    made = merge_runs(
+        runs,
+        out=out,
+        weights=_numbers(weights, "--weights"),
+        rank=rank,
+        different_starts=different_starts,
+        backbone=backbone,
+        held_out=held_out,
+    )
+    typer.echo(f"weights: {', '.join(f'{w:.3g}' for w in made.weights)}")
+    if made.rank:
+        typer.echo(f"adapters: rank {made.rank}, relative error of the products {made.error:.2g}")
+    for point in made.path:
+        typer.echo(f"    {point.parent} {'-' * 3}> merged, {point.share:.0%} of the way: {point.accuracy:.1%}")
+    for parent in made.parents_below:
+        typer.echo(f"warning: half way from {parent} is worse than both ends: these weights do not average", err=True)
+    typer.echo(f"merged: {made.run}\nnext:   moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
+
+
+def fold(
+    run: Run,
+    data: Data,
+    out: NewRun,
+    weights: Annotated[
+        Literal["learned", "uniform", "routed"],
+        typer.Option(help="learned on the pairs; uniform; routed: as the router divides the prompts."),
+    ] = "learned",
+    steps: Annotated[int, typer.Option(help="Of learning the weights.")] = 60,
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut the joined adapters to this rank.")] = None,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+    seed: Annotated[int, typer.Option(help="Of the division of pairs and their order.")] = 0,
+) -> None:
+    """Fold a mixture's experts into one dense model by weights learned on pairs (UMM-RM)."""
+    from moreward.train.fold import fold_run
+
+    made = fold_run(
+        run,
+        load_pairs(data, run),
+        out=out,
+        how=weights,
+        steps=steps,
+        rank=rank,
+        truncate=truncate,
+        backbone=backbone,
+        seed=seed,
+        say=lambda said: typer.echo(said, err=True),
+    )
+    if made.too_long:
+        typer.echo(f"left out, longer than the limit: {made.too_long:,} pairs (--truncate allows them)", err=True)
+    typer.echo(
+        f"weights fitted on {made.num_pairs:,} pairs; loss and accuracy of the fold on {made.num_held_out:,} others"
+    )
+    for one in made.tried:
+        shares = ", ".join(f"{name} {w:.3f}" for name, w in zip(made.experts, one.weights, strict=True))
+        typer.echo(f"  {one.how:<8} loss {one.loss:.3f}  accuracy {one.accuracy:6.1%}  {shares}")
+    kept = next(one for one in made.tried if one.how == made.how)
+    best = min(made.tried, key=lambda one: one.loss)
+    if best.loss < kept.loss:
+        typer.echo(f"warning: --weights {best.how} loses less on these pairs than {kept.how}, which was kept", err=True)
+    if made.rank:
+        typer.echo(f"adapters: rank {made.rank}, relative error of the products {made.error:.2g}")
+    typer.echo(f"folded: {made.run}\nnext:   moreward eval {made.run} --data TEST.jsonl --baseline {run}")
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not numbers with commas between them", param_hint=option) from None
