@@ -1,4 +1,4 @@
-"""Finished runs made into one: `moreward ensemble`, `merge` and `fold`."""
+"""Finished runs made into one: `moreward ensemble`, `merge`, `fold` and `distil`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Truncate = Annotated[bool, typer.Option("--truncate", help="Cut what is too long
 
 
 def add_commands(app: typer.Typer) -> None:
-    for command in (ensemble, merge, fold):
+    for command in (ensemble, merge, fold, distil):
         app.command()(command)
 
 
@@ -142,6 +142,63 @@ def fold(
     if made.rank:
         typer.echo(f"adapters: rank {made.rank}, relative error of the products {made.error:.2g}")
     typer.echo(f"folded: {made.run}\nnext:   moreward eval {made.run} --data TEST.jsonl --baseline {run}")
+
+
+def distil(
+    run: Run,
+    out: NewRun,
+    texts: Annotated[
+        list[str],
+        typer.Option("--texts", metavar="PATH", help="Files of prompt and response(s), or of pairs; may be repeated."),
+    ],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings: train.epochs=3, seed=1.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep this many layers, evenly spaced.")] = None,
+    student: Annotated[str | None, typer.Option(help="The student's backbone; by default the teacher's.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="The student's limit in tokens.")] = None,
+    other_tokenizer: Annotated[
+        bool, typer.Option("--other-tokenizer", help="Also a student of another tokenizer.")
+    ] = False,
+    domain_key: Annotated[str | None, typer.Option(help="The column that names the domain.")] = None,
+    shape: Annotated[str | None, typer.Option("--format", help="Row shape of pairs, when it cannot be told.")] = None,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+) -> None:
+    """Teach one small model what a run says of unlabelled texts. Started again, it goes on."""
+    from moreward.config import parse_assignments
+    from moreward.train.distil import distil as distil_run
+    from moreward.train.track import Console
+
+    made = distil_run(
+        run,
+        texts,
+        out=out,
+        layers=layers,
+        student=student,
+        max_length=max_length,
+        other_tokenizer=other_tokenizer,
+        truncate=truncate,
+        backbone=backbone,
+        domain_key=domain_key,
+        shape=shape,
+        settings=parse_assignments(words or ()),
+        reporter=Console(),
+    )
+    if made.num_bad_rows:
+        typer.echo(f"{made.num_bad_rows:,} rows not used: see quarantine.jsonl", err=True)
+    if made.too_long:
+        typer.echo(f"{made.too_long:,} texts left out, longer than the limit (--truncate allows them)", err=True)
+    typer.echo(f"held-out texts, of {made.num_texts:,}: student beside teacher")
+    for one in made.agreement:
+        same = "-" if one.same_order is None else f"{one.same_order:.1%} of {one.num_pairs:,}"
+        pearson, spearman = ("-" if r is None else f"{r:.3f}" for r in (one.pearson, one.spearman))
+        typer.echo(
+            f"  {one.domain}: {one.num_texts:,} texts, correlation {pearson} (ranks {spearman}), "
+            f"error {one.error:.3f}, same order {same}"
+        )
+    typer.echo(f"parameters: {made.parameters[0]:,} in the teacher, {made.parameters[1]:,} in the student")
+    typer.echo(f"distilled: {made.run}\nnext:      moreward eval {made.run} --data TEST.jsonl --baseline {run}")
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:
