@@ -1,7 +1,8 @@
-"""Finished runs made into one: `moreward ensemble`, `merge`, `fold` and `distil`."""
+"""Finished runs made into one: `moreward ensemble`, `merge`, `fold`, `distil`, and `price`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,7 @@ Truncate = Annotated[bool, typer.Option("--truncate", help="Cut what is too long
 
 
 def add_commands(app: typer.Typer) -> None:
-    for command in (ensemble, merge, fold, distil):
+    for command in (ensemble, merge, fold, distil, price):
         app.command()(command)
 
 
@@ -199,6 +200,35 @@ def distil(
         )
     typer.echo(f"parameters: {made.parameters[0]:,} in the teacher, {made.parameters[1]:,} in the student")
     typer.echo(f"distilled: {made.run}\nnext:      moreward eval {made.run} --data TEST.jsonl --baseline {run}")
+
+
+def price(
+    runs: Runs,
+    against: Annotated[Path, typer.Option("--against", help="The run that these were made of.", show_default=False)],
+    data: Data,
+    rounds: Annotated[int, typer.Option(help="Of timing, every run once in each.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    truncate: Truncate = False,
+    backbone: BackboneDir = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Say what smaller runs lost in accuracy, and won in size and speed, beside the one they were made of."""
+    from moreward.evals.price import price as price_of
+    from moreward.report import markdown_price, render_price
+
+    given = [against, *(run for run in dict.fromkeys(runs) if run != against)]
+    named = {path.name: path for path in given}
+    if len(named) < len(given):  # folders of one name
+        named = {str(path): path for path in given}
+    scorers = {
+        name: load_scorer(path, truncate=truncate, backbone=backbone, device=device) for name, path in named.items()
+    }
+    found = price_of(scorers, load_pairs(data, against), against=next(iter(named)), rounds=rounds)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+        return
+    typer.echo((markdown_price if markdown else render_price)(found))
 
 
 def _numbers(text: str | None, option: str) -> list[float] | None:
