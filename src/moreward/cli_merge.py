@@ -128,8 +128,8 @@ def fold(
         seed=seed,
         say=lambda said: typer.echo(said, err=True),
     )
-    if made.too_long:
-        typer.echo(f"left out, longer than the limit: {made.too_long:,} pairs (--truncate allows them)", err=True)
+    if made.left_out:
+        typer.echo(f"left out: {made.left_out:,} pairs that are too long, or the same once they are cut", err=True)
     typer.echo(
         f"weights fitted on {made.num_pairs:,} pairs; loss and accuracy of the fold on {made.num_held_out:,} others"
     )

@@ -72,7 +72,7 @@ class Folded:
     tried: tuple[Shares, ...]
     num_pairs: int
     num_held_out: int
-    too_long: int
+    left_out: int
     rank: int | None
     error: float
 
