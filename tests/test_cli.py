@@ -28,7 +28,7 @@ from trained import card, digests, given, write_pairs
 
 SOURCE = Path(moreward.__file__).resolve().parents[1]
 COMMANDS = [["demo"], ["train"], ["eval"], ["compare"], ["score"], ["extend"], ["list"], ["data"], ["data", "check"]]
-COMMANDS[-3:-3] = [["ensemble"], ["merge"]]
+COMMANDS[-3:-3] = [["ensemble"], ["merge"], ["fold"], ["distil"], ["price"]]
 COMMANDS += [["data", "label"]]
 Tiny = Callable[[str], Path]
 Make = Callable[..., Path]

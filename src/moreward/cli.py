@@ -24,6 +24,7 @@ from moreward.cli_domains import EPILOG as DOMAINS_EPILOG
 from moreward.cli_domains import domains
 from moreward.cli_export import export
 from moreward.cli_label import EPILOG, label
+from moreward.cli_merge import add_commands
 from moreward.cli_serve import serve
 from moreward.errors import ConfigError, MorewardError
 
@@ -47,6 +48,7 @@ app.add_typer(data_app, name="data")
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command()(serve)
 app.command()(export)
+add_commands(app)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
 Data = Annotated[
@@ -290,86 +292,6 @@ def extend(
         raise typer.Exit(1)
 
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)]
-NewRun = Annotated[Path, typer.Option("--out", help="The new run.", show_default=False)]
-
-
-@app.command()
-def ensemble(
-    runs: Runs,
-    reference: Annotated[
-        list[str],
-        typer.Option("--reference", metavar="PATH", help="Pairs whose responses give each member its zero and unit."),
-    ],
-    out: NewRun,
-    how: Annotated[str, typer.Option(help="mean, median, worst, uncertainty or deviation.")] = "mean",
-    caution: Annotated[float, typer.Option(min=0, help="λ of uncertainty and deviation.")] = 0.5,
-    truncate: Truncate = False,
-    backbone: BackboneDir = None,
-) -> None:
-    """Make one cautious reward of finished runs, of any recipes on one backbone. Nothing is trained."""
-    from moreward.train.ensemble import ensemble as ensemble_runs
-
-    made = ensemble_runs(
-        runs,
-        load_pairs(reference, runs[0]),
-        out=out,
-        how=how,
-        caution=caution,
-        reference_name=", ".join(reference),
-        backbone=backbone,
-        truncate=truncate,
-    )
-    for run, (mean, std) in made.units.items():
-        typer.echo(f"{run}: zero {mean:+.3f}, unit {std:.3f} over {made.num_responses:,} responses")
-    if made.too_long:
-        typer.echo(f"{made.too_long:,} responses left out, longer than the limit (--truncate allows them)", err=True)
-    typer.echo(f"ensemble: {made.run}\nnext:     moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
-
-
-@app.command()
-def merge(
-    runs: Runs,
-    out: NewRun,
-    weights: Annotated[str | None, typer.Option(help="One for each run, as 0.3,0.7; equal by default.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut the merged adapters to this rank.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="PATH", help="Held-out pairs: accuracy on the way.")
-    ] = None,
-    different_starts: Annotated[
-        bool, typer.Option("--different-starts", help="Also runs of different seeds, whose heads started apart.")
-    ] = False,
-    truncate: Truncate = False,
-    backbone: BackboneDir = None,
-) -> None:
-    """Average the weights of finished runs into one model of the cost of one (WARM)."""
-    from moreward.evals.run import within_limit
-    from moreward.train.merge import merge as merge_runs
-
-    held_out = load_pairs(data, runs[0]) if data else []
-    if held_out and not truncate:
-        held_out, too_long = within_limit(load_scorer(runs[0], truncate=False, backbone=backbone), held_out)
-        if too_long:
-            typer.echo(f"left out, longer than the limit: {sum(too_long.values())} pairs", err=True)
-    made = merge_runs(
-        runs,
-        out=out,
-        weights=_numbers(weights, "--weights"),
-        rank=rank,
-        different_starts=different_starts,
-        backbone=backbone,
-        held_out=held_out,
-    )
-    typer.echo(f"weights: {', '.join(f'{w:.3g}' for w in made.weights)}")
-    if made.rank:
-        typer.echo(f"adapters: rank {made.rank}, relative error of the products {made.error:.2g}")
-    for point in made.path:
-        typer.echo(f"    {point.parent} {'-' * 3}> merged, {point.share:.0%} of the way: {point.accuracy:.1%}")
-    for parent in made.parents_below:
-        typer.echo(f"warning: half way from {parent} is worse than both ends: these weights do not average", err=True)
-    typer.echo(f"merged: {made.run}\nnext:   moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
-
-
 @app.command()
 def calibrate(
     run: Run,
@@ -476,13 +398,6 @@ def _budgets(results: dict[str, Result]) -> str:
     costs = {name: r.evaluation.cost for name, r in results.items()}
     told = [f"{name} {c.parameters_stored:,} ({c.parameters_active:,} active)" for name, c in costs.items() if c]
     return f"Parameters stored: {', '.join(told)}."
-
-
-def _numbers(text: str | None, option: str) -> list[float] | None:
-    try:
-        return None if text is None else [float(word) for word in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not numbers with commas between them", param_hint=option) from None
 
 
 def _keys(model: Any, prefix: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from moreward.evals.accuracy import CHANCE, SATURATED, Cost, Evaluation, Measures
 from moreward.evals.compare import Comparison, Difference
 from moreward.evals.dtype import DtypePrice
+from moreward.evals.price import Prices
 from moreward.evals.routing import RoutingReport
 
 WIDTH = 100
@@ -490,6 +491,62 @@ def render_extension(before: ExtensionSide, after: ExtensionSide, domain: str) -
         else ("No old domain lost accuracy.")
     )
     return terminal_text([], [table], [words, *_router_words(after.routing)])
+
+
+def render_price(prices: Prices) -> str:
+    """Accuracy per domain beside the run measured against, then size and speed, then what was lost in words."""
+    names = [prices.against, *(name for name in prices.sizes if name != prices.against)]
+    return terminal_text(*_price_parts(prices, names))
+
+
+def markdown_price(prices: Prices) -> str:
+    names = [prices.against, *(name for name in prices.sizes if name != prices.against)]
+    return markdown_text(*_price_parts(prices, names))
+
+
+def _price_parts(prices: Prices, names: Sequence[str]) -> tuple[list[str], list[Table], list[str]]:
+    domains = list(prices.comparison.accuracy[prices.against])
+    tables = []
+    for start in range(0, len(names), _SYSTEMS_PER_TABLE - 1):
+        columns = [Column("domain", [*domains, "mean of domains"], is_words=True)]
+        for name in names[start : start + _SYSTEMS_PER_TABLE - 1]:
+            cells = [*(prices.evaluations[name].domains[d] for d in domains), prices.evaluations[name].macro]
+            columns.append(Column(name, [_percent(one.accuracy) for one in cells]))
+            if name != prices.against:
+                apart = [*(prices.comparison.domains[name][d] for d in domains), prices.comparison.macro[name]]
+                shown = [
+                    f"{100 * one.difference:+.1f} [{100 * one.interval.low:+.1f}, {100 * one.interval.high:+.1f}]"
+                    for one in apart
+                ]
+                columns.append(Column("points apart", shown))
+        tables.append(Table(columns, len(domains)))
+    sizes, speeds = [prices.sizes[n] for n in names], [prices.speeds[n] for n in names]
+    tables.append(
+        Table(
+            [
+                Column("run", names, is_words=True),
+                Column("parameters", [f"{one.parameters_stored:,}" for one in sizes]),
+                Column("active", [f"{one.parameters_active:,}" for one in sizes]),
+                Column("MB on disk", [f"{one.bytes / 1e6:.1f}" for one in sizes]),
+                Column("conversations per second", [f"{one.per_second:.1f}" for one in speeds]),
+                Column("times as fast", [f"{one.ratio:.2f}" for one in speeds]),
+            ],
+            len(names),
+        )
+    )
+    measures = prices.evaluations[prices.against]
+    above = [
+        f"{measures.micro.num_pairs:,} pairs; accuracy in per cent, differences to {prices.against} in points with "
+        "95 % intervals."
+    ]
+    below = [
+        *prices.words(),
+        f"Speed: {prices.num_timed} conversations a pass, {prices.rounds} rounds side by side, seconds {prices.clock}. "
+        "MB on disk hold the pretrained weights that a run needs beside it.",
+    ]
+    if prices.left_out:
+        below.append(f"{prices.left_out:,} pairs left out, longer than some run's limit (--truncate allows them).")
+    return above, tables, below
 
 
 def render_dtype(prices: Sequence[DtypePrice]) -> str:

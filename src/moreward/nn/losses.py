@@ -87,6 +87,26 @@ class DomainLoss:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardLoss:
+    """Squared error against given rewards, `batch.ratings_NK[:, 0]`: a value per conversation, not per pair. One
+    that is off by less than `within` is right."""
+
+    within: float = 0.5
+    name: str = "near"
+
+    def __call__(self, output: Rewards, batch: Batch) -> Outcome:
+        assert batch.ratings_NK is not None
+        error_N = output.reward_N - batch.ratings_NK[:, 0].to(output.reward_N.dtype)
+        return Outcome(
+            loss_B=error_N.square(),
+            right_B=error_N.detach().abs() < self.within,
+            tie_B=torch.zeros_like(error_N, dtype=torch.bool),
+            domain_B=batch.domain_N,
+            extra=output.aux_loss,
+        )
+
+
 def _weighted(loss_B: Tensor, batch: Batch) -> Tensor:
     return loss_B if batch.weight_B is None else loss_B * batch.weight_B
 

@@ -88,7 +88,8 @@ class Stage:
     """One step of training. Everything outside `learn` is frozen while it runs.
 
     `select` says which pairs it sees: those with a capability are labels of a part of the reward, so by default none
-    of them. A `rated` stage sees the rated conversations instead of pairs, and needs a `solve`. `prepare` runs before
+    of them. A `rated` stage sees the rated conversations instead of pairs, and needs a `solve` or an
+    objective over them. `prepare` runs before
     the first step, on the weights that earlier stages left. `standardize` is fitted on the raw rewards of `module` over
     the pairs it saw when the stage ends. `learning_rate` None is the run's.
 

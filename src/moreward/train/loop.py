@@ -80,8 +80,9 @@ class Fit:
         """`names` are the tensors that this stage may move, under the names of the whole system. A rated stage gets
         `rated`, training and held-out conversations, in place of the pairs."""
         self.stage, self.names, self.around, self.store = stage, names, around, store
-        self.train, self.val = list(train), list(val)
         self.rated_train, self.rated_val = map(list, rated)
+        by_steps = stage.rated and stage.solve is None  # then a step counts conversations as it else counts pairs
+        self.train, self.val = (list[Any](rows) for rows in (rated if by_steps else (train, val)))
         self.config = around.config
         self.accelerator = around.accelerator
         self.batches_per_epoch = -(-len(self.train) // self.config.batch_size)
@@ -156,7 +157,7 @@ class Fit:
         loss, num_right, num_tied = self._backward(model, rows)
         norm = self._clip()
         if not math.isfinite(norm):
-            names = [self.train[i].preference.name for i in rows]
+            names = [_name(self.train[i]) for i in rows]
             raise NonFiniteError(
                 f"{self.stage.name}, step {step}: the gradient is not finite; weights are as before this step. "
                 f"Rows of the batch: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if names[10:] else "")
@@ -247,7 +248,9 @@ class Fit:
             output = model(batch)
         return self.stage.objective(output, batch)
 
-    def _batch(self, pairs: Sequence[EncodedPair]) -> Any:
+    def _batch(self, pairs: Sequence[Any]) -> Any:
+        if self.stage.rated:
+            return rated_batch(pairs, self.around.pad_id).to(self.accelerator.device)
         batch = pair_batch(pairs, self.around.pad_id)
         if self.stage.experts:
             expert_B = torch.tensor([self._expert_of(pair) for pair in pairs])
@@ -355,8 +358,8 @@ class Fit:
     def _report(self, seconds: float, first: int) -> dict[str, Any]:
         return {
             "stage": self.stage.name,
-            "pairs": len(self.train),
-            "val_pairs": len(self.val),
+            "pairs": 0 if self.stage.rated else len(self.train),
+            "val_pairs": 0 if self.stage.rated else len(self.val),
             **({"rated": len(self.rated_train), "val_rated": len(self.rated_val)} if self.stage.rated else {}),
             "steps": self.progress.step,
             "stopped_early": self.progress.stopped,
@@ -406,6 +409,10 @@ class Fit:
             if state:
                 self.optimizer.state[parameter] = state
         self.around.reporter.say(f"{self.stage.name}: going on from step {self.progress.step}")
+
+
+def _name(row: EncodedPair | EncodedRated) -> str:
+    return row.preference.name if isinstance(row, EncodedPair) else row.rated.conversation.id or row.rated.source
 
 
 def evenly_spaced(rows: Sequence[EncodedPair], limit: int) -> list[EncodedPair]:

@@ -52,13 +52,13 @@ def read_parents(runs: Sequence[str | Path]) -> list[Parent]:
     """Raises ConfigError for fewer than two, RunError for what is no finished run."""
     if len(runs) < 2:
         raise ConfigError(f"at least two finished runs are needed (got {len(runs)})")
-    parents = []
-    for run in runs:
-        folder = model_folder(run)
-        parents.append(
-            Parent(Path(run), folder, read_card(folder), tokenizer_sha256(load_tokenizer(str(folder / "backbone"))))
-        )
-    return parents
+    return [read_parent(run) for run in runs]
+
+
+def read_parent(run: str | Path) -> Parent:
+    """Raises RunError for what is no finished run."""
+    folder = model_folder(run)
+    return Parent(Path(run), folder, read_card(folder), tokenizer_sha256(load_tokenizer(str(folder / "backbone"))))
 
 
 def refuse_differences(parents: Sequence[Parent], must_agree: Mapping[str, Property], why: str) -> None:

@@ -339,7 +339,7 @@ class Work:
     def _encode_rated(
         self, ratings: Ratings
     ) -> tuple[tuple[list[EncodedRated], list[EncodedRated]], list[Quarantined]]:
-        objectives = tuple(self.config.system.get("objectives") or ())
+        objectives = tuple(self.config.system.get("objectives") or self.pairs.ratings.objectives)
         sides, lost = [], []
         for rows in (ratings.train, ratings.val):
             made, put_aside = encode_rated(
@@ -436,12 +436,19 @@ class Work:
         card = {**self.card(reports), **more}
         store = self.system.backbones()[0].store
         scorer = Scorer(self.system, self.encoder, card, device=str(self.accelerator.device))
-        card["golden"] = scorer.golden(golden_items(self.pairs.val or self.pairs.train))
+        card["golden"] = scorer.golden(golden_items(self.pairs.val or self.pairs.train) or self._golden_rated())
         calibration = self._calibrate(scorer, store)
         card["calibration"] = calibration and calibration.report
         write_model(self.run, self.system.cpu(), self.encoder, card, calibration)
         if not self.config.train.keep_checkpoints:
             shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+
+    def _golden_rated(self) -> list[Conversation]:
+        """For a run that learned from rated conversations alone."""
+        rows = self.rated[1] or self.rated[0]
+        num = min(len(rows), NUM_GOLDEN)
+        chosen = [rows[i * len(rows) // num].rated.conversation for i in range(num)]
+        return [Conversation(prompt=item.prompt, response=item.response) for item in chosen]
 
     def _calibrate(self, scorer: Scorer, store: FeatureStore | None) -> Calibration | None:
         """What uncertainty needs; a frozen backbone's vectors are looked up in `store`."""
