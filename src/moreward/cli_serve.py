@@ -17,6 +17,9 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="Keys, one a line; else $MOREWARD_API_KEY. Every route then needs one.")
     ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="Keys of the routes under /admin/, one a line; without it they are not there.")
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What requests call the model; may be repeated. By default the folder.")
     ] = None,
@@ -40,6 +43,7 @@ def serve(
         port=port,
         names=tuple(served_model_name or ()),
         keys=read_keys(api_key_file),
+        admin_keys=() if admin_key_file is None else read_keys(admin_key_file, "--admin-key-file"),
         insecure=insecure,
         metrics_public=metrics_public,
         device=device,

@@ -72,7 +72,7 @@ TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 def door_of(request: Request) -> Door:
-    found: Door = request.app.state.door
+    found: Door = request.scope["state"]["door"]
     return found
 
 
