@@ -45,6 +45,7 @@ class Settings:
     admin_keys: tuple[str, ...] = ()
     insecure: bool = False
     metrics_public: bool = False
+    retemplate: bool = False
     device: str = "auto"
     dtype: str = "fp32"
     backbone: str | None = None
