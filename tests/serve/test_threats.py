@@ -19,7 +19,7 @@ from moreward.errors import MorewardError, RunError
 from moreward.runs import read_model
 from moreward.scoring import Scorer, load
 from moreward.serve.door import conversation, rendered
-from moreward.serve.worker import answered
+from moreward.serve.worker import _load, answered
 from serving import KEY, Model, application, result
 from trained import card, edit_card, weights
 
@@ -305,3 +305,12 @@ def test_s10_s11_a_poisoned_text_changes_no_other_reward(make: Make) -> None:
     assert found.pop(10)["error"]["code"] == "non_finite"
     assert found.pop()["error"]["code"] == "too_long"
     assert found == wanted
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "experts/long/adapter_model.safetensors"])
+def test_s18_s19_the_models_process_refuses_to_start_without(name: str, spare: Path) -> None:
+    """An expert that is missing is never passed over for another."""
+    (spare / "model" / name).unlink()
+    told = {"run": str(spare), "device": "cpu", "dtype": "fp32", "backbone": None, "free_batches": False}
+    with pytest.raises(RunError, match=f"{name}: missing"):
+        _load(told)
