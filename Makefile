@@ -12,7 +12,7 @@ BENCH_OPTIONS ?=
 test: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser lint format bench clean
+.PHONY: help demo test soak browser lint format bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -23,6 +23,10 @@ demo: $(INSTALLED) ## Train and compare small reward models on built-in data, of
 
 test: $(INSTALLED) ## Run the tests
 	@$(BIN)/python -m pytest -n $(JOBS)
+
+soak: $(INSTALLED) ## Run the long tests of the server and print their figures (about an hour)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[soak]"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/soak -m soak
 
 browser: ## Install Chromium for the tests of the page, which are skipped without it (Debian, as root)
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }

@@ -133,10 +133,14 @@ class Model:
 
     def __init__(self, answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
         self.answer = answer
-        self.state, self.about = "ready", ABOUT
+        self.state, self.about, self.num_users = "ready", ABOUT, 0
         self.batches: list[int] = []
         self.opened = asyncio.Event()
         self.opened.set()
+
+    @property
+    def current(self) -> Model:
+        return self
 
     async def start(self) -> None: ...
 
@@ -157,7 +161,7 @@ async def application(
     """The application over `model`, with a client for it."""
     told = Settings(run=Path("mixture"), keys=keys, limits=Limits(**(limits or {})), **settings)
     guard = create_app(told)
-    guard.door.owner = guard.door.queue.model = model  # type: ignore[assignment]
+    guard.door.owner = guard.door.queue.models = model  # type: ignore[assignment]
     feeding = asyncio.create_task(guard.door.queue.run())
     transport = httpx2.ASGITransport(app=guard, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=20) as client:

@@ -17,6 +17,9 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="Keys, one a line; else $MOREWARD_API_KEY. Every route then needs one.")
     ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="Keys of the routes under /admin/, one a line; without it they are not there.")
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What requests call the model; may be repeated. By default the folder.")
     ] = None,
@@ -29,6 +32,10 @@ def serve(
     queue_items: Annotated[int, typer.Option(min=1, help="Beyond so many that wait, 503.")] = 8192,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let other machines in without a key.")] = False,
     metrics_public: Annotated[bool, typer.Option("--metrics-public", help="/metrics needs no key.")] = False,
+    retemplate: Annotated[
+        bool,
+        typer.Option("--retemplate", help="/get_reward: judge the response in the model's own template."),
+    ] = False,
 ) -> None:
     """Serve rewards over HTTP, in the formats of OpenRLHF, verl, vLLM, SGLang, TEI and others."""
     from moreward.errors import MissingExtraError
@@ -40,8 +47,10 @@ def serve(
         port=port,
         names=tuple(served_model_name or ()),
         keys=read_keys(api_key_file),
+        admin_keys=() if admin_key_file is None else read_keys(admin_key_file, "--admin-key-file"),
         insecure=insecure,
         metrics_public=metrics_public,
+        retemplate=retemplate,
         device=device,
         dtype=dtype,
         backbone=backbone,

@@ -120,9 +120,14 @@ def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System,
     encoder = Encoder(tokenizer, config.data.max_length, config.data.input_template)
     with torch.random.fork_rng(devices=[]):
         system = recipe(settings, load_backbone(folder, card, backbone), card["domains"])
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if faults := system.load_tensors(load_file(folder / "model.safetensors")):
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise RunError(f"{folder}/model.safetensors: cannot be read: {error}") from error
+    if faults := system.load_tensors(tensors):
         raise RunError(f"{folder}/model.safetensors: {'; '.join(faults[:5])} ({len(faults)} faults)")
     return system.eval(), encoder, card
 
@@ -134,7 +139,7 @@ def load_backbone(folder: Path, card: dict[str, Any], elsewhere: str | None) -> 
 
     told = card["backbone"]
     if card["config"]["tune"] == "full":  # every weight is in the model file
-        shape = AutoConfig.from_pretrained(folder / "backbone")
+        shape = AutoConfig.from_pretrained(folder / "backbone", trust_remote_code=False)
         return Backbone.from_config(shape, pooling=told["pooling"], device="cpu")
     name = elsewhere or told["name"]
     found = directory_sha256(name)

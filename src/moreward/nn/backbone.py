@@ -79,7 +79,7 @@ def load_tokenizer(name: str) -> Any:
         )
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(name))
+            tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BackboneError(f"backbone {name!r}: no tokenizer could be loaded: {_first_line(error)}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -201,6 +201,7 @@ class Backbone(nn.Module):
                     num_labels=1,
                     dtype=torch.float32,
                     use_safetensors=True,
+                    trust_remote_code=False,  # unsaid, transformers would ask on standard input
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # a head of other labels goes anyway; the rest is checked below
                 )

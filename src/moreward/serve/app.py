@@ -19,12 +19,12 @@ from moreward.errors import MorewardError
 from moreward.serve.door import Door
 from moreward.serve.faults import Fault
 from moreward.serve.guard import Guard
-from moreward.serve.routes import native, tei, trainers, vllm
+from moreward.serve.routes import admin, native, tei, trainers, vllm
 from moreward.serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
-FAMILIES = (native, vllm, tei, trainers)
+FAMILIES = (native, vllm, tei, trainers, admin)
 VLLM_PATHS = {"/classify", "/v1/classify", "/pooling", "/v1/embeddings", "/score", "/v1/score", "/v1/models"}
 RERANK_PATHS = {"/rerank", "/v1/rerank", "/v2/rerank"}
 TEI_PATHS = {"/predict", "/info"}
@@ -47,7 +47,6 @@ def create_app(settings: Settings, failed: Callable[[str], None] = lambda messag
                 door.owner.state = "self_test_failed"
                 failed(str(error))
                 return
-            door.metrics.version.labels(door.about["version"]).set(1)
             await door.queue.run()
 
         task = asyncio.create_task(begin())

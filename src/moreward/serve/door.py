@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from moreward.serve.faults import Fault
 from moreward.serve.metrics import Metrics
-from moreward.serve.owner import Owner
+from moreward.serve.owner import Loaded, Owner
 from moreward.serve.queue import Job, Queue, Result
 from moreward.serve.settings import Settings
 
@@ -19,14 +21,17 @@ MOST_CHARACTERS_PER_TOKEN = 250
 
 
 class Door:
+    """`model` is set in the door of a request: it does not change there. Elsewhere it is None: the one that serves."""
+
     def __init__(self, settings: Settings) -> None:
         self.settings, self.limits = settings, settings.limits
-        self.owner = Owner(settings)
         self.metrics = Metrics()
+        self.owner = Owner(settings, loaded=self.metrics.loaded)
         self.queue = Queue(self.owner, settings.limits, told=self.metrics.batched)
         self.metrics.watch(self.queue, lambda: self.owner.state == "ready")
         self.started = int(time.time())
         self.is_draining = False
+        self.model: Loaded | None = None
 
     @property
     def state(self) -> str:
@@ -34,7 +39,32 @@ class Door:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        return self.owner.about
+        return self.owner.about if self.model is None else self.model.about
+
+    @contextmanager
+    def of_a_request(self) -> Iterator[Door]:
+        """The door for one request: whatever is loaded meanwhile, one model answers all of it."""
+        model = self.owner.current
+        if model is None:
+            yield self
+            return
+        pinned = copy.copy(self)
+        pinned.model = model
+        model.num_users += 1
+        try:
+            yield pinned
+        finally:
+            model.num_users -= 1
+
+    async def reload(self) -> Mapping[str, Any]:
+        """As `Owner.reload`, and counted."""
+        try:
+            about = await self.owner.reload()
+        except Fault:
+            self.metrics.reloads.labels("refused").inc()
+            raise
+        self.metrics.reloads.labels("done").inc()
+        return about
 
     @property
     def experts(self) -> Sequence[str]:
@@ -75,7 +105,7 @@ class Door:
                     413, "text_too_large", f"{length} characters; at most {most}", param=f"{where}[{i}]", index=i
                 )
             sized.append((job, length // CHARACTERS_PER_TOKEN + 1))
-        results = await self.queue.put(sized, seconds)
+        results = await self.queue.put(sized, seconds, self.model)
         for result in results:
             self.metrics.rewarded(result)
         return results

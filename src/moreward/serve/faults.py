@@ -10,6 +10,7 @@ KIND = {
     404: "not_found",
     405: "method_not_allowed",
     408: "timeout",
+    409: "conflict",
     413: "too_large",
     415: "content_type",
     422: "validation",

@@ -9,7 +9,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +20,8 @@ from moreward.serve.faults import Fault, unavailable
 WITHOUT_KEY = frozenset({"/livez"})
 ALWAYS_OPEN = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 """Routes that answer while the server drains."""
+ADMIN = "/admin/"
+"""Routes under this path are there with an admin key only, which is another than those of the other routes."""
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Shape = Callable[[str, bytes, Fault], tuple[int, bytes, dict[str, str]]]
@@ -30,7 +32,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, door: Door, shape: Shape) -> None:
         self.app, self.door, self.shape = app, door, shape
-        self.digests = [hashlib.sha256(key.encode()).digest() for key in door.settings.keys]
+        self.digests = digests(door.settings.keys)
+        self.admin_digests = digests(door.settings.admin_keys)
         self.public = WITHOUT_KEY | ({"/metrics"} if door.settings.metrics_public else frozenset())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,14 +43,17 @@ class Guard:
         began = time.monotonic()
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         given = headers.get("x-request-id", "")
-        reply = Reply(send, given if ID.fullmatch(given) else uuid.uuid4().hex, self.door.about.get("version", ""))
+        reply = Reply(send, given if ID.fullmatch(given) else uuid.uuid4().hex)
         body = b""
         try:
             self._check(scope["path"], headers)
             scope.setdefault("state", {})["seconds"] = self._deadline(headers)
             body = await self._read(headers, receive)
             scope["state"]["body"] = body
-            await self._answer(scope, body, receive, reply)
+            with self.door.of_a_request() as door:
+                scope["state"]["door"] = door
+                reply.version = door.about.get("version", "")
+                await self._answer(scope, body, receive, reply)
         except Fault as fault:
             await reply.fault(self.shape(scope["path"], body, fault))
             self.door.metrics.rejected.labels(fault.code).inc()
@@ -57,25 +63,16 @@ class Guard:
             self.door.metrics.latency.labels("request").observe(time.monotonic() - began)
 
     def _check(self, path: str, headers: dict[str, str]) -> None:
-        if self.digests and path not in self.public and not self._has_key(headers.get("authorization", "")):
+        is_admin = path.startswith(ADMIN)
+        keys = self.admin_digests if is_admin and self.admin_digests else self.digests
+        if keys and path not in self.public and not has_key(headers.get("authorization", ""), keys):
             raise Fault(401, "no_key", "a key is needed: Authorization: Bearer KEY")
+        if is_admin and not self.admin_digests:
+            raise Fault(404, "no_route", "Not Found")
         if self.door.is_draining and path not in ALWAYS_OPEN:
             raise unavailable("draining")
         if headers.get("content-encoding", "identity") != "identity":
             raise Fault(413, "compressed", "compressed bodies are not taken; send it as it is")
-
-    def _has_key(self, authorization: str) -> bool:
-        """Bearer, or Basic with the key as password, which is what a browser can send."""
-        scheme, _, told = authorization.partition(" ")
-        if scheme.lower() == "basic":
-            try:
-                told = base64.b64decode(told, validate=True).decode().partition(":")[2]
-            except ValueError:
-                return False
-        elif scheme.lower() != "bearer":
-            return False
-        digest = hashlib.sha256(told.strip().encode()).digest()
-        return any([hmac.compare_digest(digest, one) for one in self.digests])  # noqa: C419  all are compared
 
     def _deadline(self, headers: dict[str, str]) -> float:
         told = headers.get("x-request-timeout")
@@ -126,18 +123,15 @@ class Guard:
 class Reply:
     """Where an answer goes: remembers its status and adds the headers that every answer has."""
 
-    def __init__(self, send: Send, request_id: str, version: str) -> None:
-        self.send, self.status = send, 0
-        self.headers = [
-            (b"x-request-id", request_id.encode()),
-            (b"x-content-type-options", b"nosniff"),
-            *([(b"x-model-version", version.encode())] if version else []),
-        ]
+    def __init__(self, send: Send, request_id: str) -> None:
+        self.send, self.status, self.version = send, 0, ""
+        self.headers = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", []), *self.headers]}
+            version = [(b"x-model-version", self.version.encode())] if self.version else []
+            message = {**message, "headers": [*message.get("headers", []), *self.headers, *version]}
         await self.send(message)
 
     async def fault(self, told: tuple[int, bytes, dict[str, str]]) -> None:
@@ -150,6 +144,24 @@ class Reply:
         raw = [(k.encode(), v.encode()) for k, v in fields.items()]
         await self({"type": "http.response.start", "status": status, "headers": raw})
         await self({"type": "http.response.body", "body": body})
+
+
+def digests(keys: Sequence[str]) -> list[bytes]:
+    return [hashlib.sha256(key.encode()).digest() for key in keys]
+
+
+def has_key(authorization: str, keys: Sequence[bytes]) -> bool:
+    """Bearer, or Basic with the key as password, which is what a browser can send. `keys` are digests."""
+    scheme, _, told = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            told = base64.b64decode(told, validate=True).decode().partition(":")[2]
+        except ValueError:
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    digest = hashlib.sha256(told.strip().encode()).digest()
+    return any([hmac.compare_digest(digest, one) for one in keys])  # noqa: C419  all are compared
 
 
 def _once(body: bytes) -> Receive:

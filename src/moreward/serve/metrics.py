@@ -32,6 +32,12 @@ class Metrics:
         self.rejected = Counter("moreward_rejected", "Requests refused.", ["reason"], registry=registry)
         self.version = Gauge("moreward_model_version_info", "Always 1.", ["version"], registry=registry)
 
+        self.reloads = Counter("moreward_reloads", "Models loaded in place of another.", ["outcome"], registry=registry)
+
+    def loaded(self, about: Mapping[str, Any]) -> None:
+        self.version.clear()
+        self.version.labels(about["version"]).set(1)
+
     def watch(self, queue: Queue, is_ready: Callable[[], bool]) -> None:
         gauges: Mapping[str, Callable[[], float]] = {
             "moreward_queue_tokens": lambda: queue.num_tokens,

@@ -17,16 +17,27 @@ Result = dict[str, Any]
 
 
 class Model(Protocol):
-    state: str
-
-    async def wait_ready(self) -> None: ...
+    @property
+    def about(self) -> Mapping[str, Any]: ...
 
     async def score(self, jobs: Sequence[Job]) -> list[Result]: ...
+
+
+class Models(Protocol):
+    """The model that new requests get is `current`; it changes when another is loaded."""
+
+    state: str
+
+    @property
+    def current(self) -> Model | None: ...
+
+    async def wait_ready(self) -> None: ...
 
 
 @dataclass(eq=False)
 class Waiting:
     job: Job
+    model: Model
     size: int
     since: float
     answer: asyncio.Future[Result]
@@ -46,10 +57,11 @@ class Batched:
 class Queue:
     """Holds so many items and tokens, those that the model works on included. `told` is called after each batch.
 
-    Each result is told its seconds: `waited` for the model, and `took`, those of its batch.
+    Each result is told its seconds: `waited` for the model, and `took`, those of its batch. A job is answered by the
+    model that it was put for; a batch has one model.
     """
 
-    model: Model
+    models: Models
     limits: Limits
     told: Callable[[Batched], None] = lambda batched: None
     num_items: int = 0
@@ -58,15 +70,17 @@ class Queue:
     _waiting: deque[Waiting] = field(default_factory=deque)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def put(self, jobs: Sequence[tuple[Job, int]], seconds: float) -> list[Result]:
-        """The results of jobs of these sizes, in order. Raises Fault: 503 where there is no room or the model is down,
-        504 after `seconds`. What is not needed any more leaves the queue."""
+    async def put(self, jobs: Sequence[tuple[Job, int]], seconds: float, model: Model | None = None) -> list[Result]:
+        """The results of jobs of these sizes, in order, all by `model` or by the one that serves now. Raises Fault: 503
+        where there is no room or the model is down, 504 after `seconds`. What is not needed any more leaves the queue.
+        """
         if not jobs:
             return []
         if self.closed:
             raise unavailable("draining")
-        if self.model.state != "ready":
-            raise unavailable(self.model.state)
+        model = model or self.models.current
+        if self.models.state != "ready" or model is None:
+            raise unavailable(self.models.state)
         num_tokens = sum(size for _, size in jobs)
         if self.num_items + len(jobs) > self.limits.queue_items:
             raise overloaded(f"{self.num_items} of {self.limits.queue_items} items are in it")
@@ -74,7 +88,7 @@ class Queue:
             raise overloaded(f"{self.num_tokens} of {self.limits.queue_tokens} tokens are in it")
         now = time.monotonic()
         loop = asyncio.get_running_loop()
-        mine = [Waiting(job, size, now, loop.create_future()) for job, size in jobs]
+        mine = [Waiting(job, model, size, now, loop.create_future()) for job, size in jobs]
         self._waiting.extend(mine)
         self.num_items += len(mine)
         self.num_tokens += num_tokens
@@ -104,17 +118,17 @@ class Queue:
         """Feeds the model for ever."""
         while True:
             await self._more.wait()
-            await self.model.wait_ready()
+            await self.models.wait_ready()
             batch = self._next()
             if not batch:
                 self._more.clear()
                 continue
             began = time.monotonic()
             try:
-                results = await self.model.score([one.job for one in batch])
+                results = await batch[0].model.score([one.job for one in batch])
             except Fault as fault:  # the model is gone: nobody shall wait until it is back
                 for one in (*batch, *self._waiting):
-                    if not one.answer.done():
+                    if one.model is batch[0].model and not one.answer.done():
                         one.answer.set_exception(fault)
                 self._leave(batch)
                 continue
@@ -127,11 +141,14 @@ class Queue:
             self.told(Batched(len(batch), sum(one.size for one in batch), waited, took))
 
     def _next(self) -> list[Waiting]:
-        """The oldest jobs, as many as make a batch."""
+        """The oldest jobs for one model, as many as make a batch."""
         batch: list[Waiting] = []
         num_tokens = 0
         while self._waiting and len(batch) < self.limits.batch_items:
-            if batch and num_tokens + self._waiting[0].size > self.limits.batch_tokens:
+            first = self._waiting[0]
+            if batch and num_tokens + first.size > self.limits.batch_tokens:
+                break
+            if batch and first.model is not batch[0].model:
                 break
             batch.append(self._waiting.popleft())
             num_tokens += batch[-1].size

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from moreward.errors import RunError
 from moreward.runs import model_folder
 from moreward.serve.app import create_app
+from moreward.serve.faults import Fault
 from moreward.serve.settings import Settings
 
 HEADER_SECONDS = 5.0
@@ -101,6 +102,18 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, drain)
+        reloads: set[asyncio.Task[None]] = set()
+
+        async def reload() -> None:
+            with suppress(Fault):  # it is in the log; the old model goes on
+                await guard.door.reload()
+
+        def begin_reload() -> None:
+            task = loop.create_task(reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, begin_reload)
         await server.serve(sockets=[listening])
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

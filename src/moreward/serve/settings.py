@@ -34,15 +34,18 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`names` are what the model is called, the first in replies. `keys` open every route; none means no key."""
+    """`names` are what the model is called, the first in replies. `keys` open every route; none means no key.
+    `admin_keys` open those under /admin/, which are not there without one."""
 
     run: Path
     host: str = "127.0.0.1"
     port: int = 8000
     names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
     insecure: bool = False
     metrics_public: bool = False
+    retemplate: bool = False
     device: str = "auto"
     dtype: str = "fp32"
     backbone: str | None = None
@@ -58,6 +61,8 @@ class Settings:
                 f"--host: {self.host} can be reached from other machines, and no key is set. Set {KEY_VARIABLE} or "
                 "--api-key-file, listen on 127.0.0.1, or say --insecure"
             )
+        if {*self.keys} & {*self.admin_keys}:
+            faults.append("--admin-key-file: holds a key of the other routes; an admin key is another one")
         if faults:
             raise ConfigError(faults)
 
@@ -66,14 +71,14 @@ class Settings:
         return self.names[0] if self.names else self.run.resolve().name
 
 
-def read_keys(file: Path | None) -> tuple[str, ...]:
+def read_keys(file: Path | None, option: str = "--api-key-file") -> tuple[str, ...]:
     """Keys from a file, one a line, else from the environment, between commas: never from the command line, which
     other users of the machine can read. ConfigError for a file that is not there, or a key of fewer than 16 characters.
     """
     try:
         text = os.environ.get(KEY_VARIABLE, "").replace(",", "\n") if file is None else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file: {file} cannot be read: {error}") from error
+        raise ConfigError(f"{option}: {file} cannot be read: {error}") from error
     where = KEY_VARIABLE if file is None else str(file)
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if file is not None and not keys:

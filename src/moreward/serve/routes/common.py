@@ -23,7 +23,7 @@ class _Parsed(Request):
 
 
 class StrictRoute(APIRoute):
-    """Bodies are JSON to the letter, not what the standard decoder takes for it, whatever type they are said to be."""
+    """Bodies are JSON to the letter, not what the standard decoder takes for it, and are said to be JSON."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -31,8 +31,8 @@ class StrictRoute(APIRoute):
         async def strict(request: Request) -> Response:
             if request.method != "POST":
                 return await handler(request)
-            if (kind := request.headers.get("content-type", "application/json").partition(";")[0]) not in JSON_TYPES:
-                raise Fault(415, "content_type", f"a body of type {kind[:80]!r}; send application/json")
+            if (kind := request.headers.get("content-type", "").partition(";")[0]) not in JSON_TYPES:
+                raise Fault(415, "content_type", f"a body of type {kind[:80] or 'none'!r}; send application/json")
             told = _Parsed(request.scope, request.receive)
             told.value = parsed(await told.body())
             return await handler(told)
@@ -67,12 +67,13 @@ class TextPart(Body):
     text: str
 
 
-JSON_TYPES = ("application/json", "text/json", "")
+JSON_TYPES = ("application/json", "text/json")
+"""A body without a type is refused as well: a page of another site can send one without asking."""
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 def door_of(request: Request) -> Door:
-    found: Door = request.app.state.door
+    found: Door = request.scope["state"]["door"]
     return found
 
 

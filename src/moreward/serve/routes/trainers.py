@@ -26,12 +26,21 @@ class GetReward(Body):
 @router.post("/get_reward", summary="OpenRLHF 0.11")
 async def get_reward(body: GetReward, response: Response, door: TheDoor, seconds: Seconds) -> dict[str, Any]:
     """`query` is text as the policy saw and wrote it, template and all; where `prompts` begin it, routers read these.
+    With `--retemplate` what follows the prompt is judged as its answer in the model's own form, and `retemplated` is 0
+    for a query that its prompt does not begin.
     `scores` are calibrated, in [0, 1]; `extra_logs` has the number of the expert that spoke."""
     queries = [body.query] if isinstance(body.query, str) else body.query
     prompts = [body.prompts] if isinstance(body.prompts, str) else body.prompts or [""] * len(queries)
     if len(prompts) != len(queries):
         raise Fault(422, "lengths", f"{len(queries)} queries, {len(prompts)} prompts: give as many", param="prompts")
-    jobs = [rendered(query, begins=prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    jobs, again = [], []
+    for query, prompt in zip(queries, prompts, strict=True):
+        response_text = query.removeprefix(prompt).strip() if prompt.strip() and query.startswith(prompt) else ""
+        again.append(int(bool(door.settings.retemplate and response_text)))
+        if again[-1]:
+            jobs.append(conversation(prompt, response_text, as_turns=True))
+        else:
+            jobs.append(rendered(query, begins=prompt))
     results = await door.rewards(jobs, seconds, "query")
     say_truncated(response, results)
     told: dict[str, Any] = {
@@ -44,6 +53,8 @@ async def get_reward(body: GetReward, response: Response, door: TheDoor, seconds
             "expert": [door.experts.index(result["expert"]) for result in results],
             "route_entropy": [result["router_entropy"] or 0.0 for result in results],
         }
+    if door.settings.retemplate:
+        told["extra_logs"]["retemplated"] = again
     return told
 
 
