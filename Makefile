@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## Train and compare small reward models on built-in data, of
 	@$(BIN)/moreward demo
 
 test: $(INSTALLED) ## Run the tests
-	@$(BIN)/python -m pytest -n $(JOBS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 soak: $(INSTALLED) ## Run the long tests of the server and print their figures (about an hour)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[soak]"
