@@ -26,7 +26,7 @@ test: $(INSTALLED) ## Run the tests
 
 soak: $(INSTALLED) ## Run the long tests of the server and print their figures (about an hour)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[soak]"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/soak -m soak
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/soak -m soak -s
 
 browser: ## Install Chromium for the tests of the page, which are skipped without it (Debian, as root)
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }

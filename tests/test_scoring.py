@@ -243,6 +243,21 @@ def test_explaining_gives_every_experts_reward_and_the_chosen_ones_is_the_reward
         assert reward.weights == {reward.expert: 1.0}
 
 
+def test_a_named_expert_judges_without_the_router(
+    scorer: Scorer, soft: Scorer, items: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in (scorer, soft):
+        few = items[:4]
+        wanted = {name: [forced(one, item, name) for item in few] for name in one.experts}
+        monkeypatch.setattr(one.system, "route_prompts", lambda *_: pytest.fail("the router was asked"))
+        for name in one.experts:
+            told = one.score(few, expert=name)
+            assert [r.number for r in told] == pytest.approx(wanted[name], abs=TOLERANCE)
+            assert {(r.expert, tuple(r.weights.items()), r.router_entropy) for r in told} == {
+                (name, ((name, 1.0),), None)
+            }
+
+
 def test_a_mixed_reward_is_the_weighted_sum_of_its_experts(soft: Scorer, items: list[Conversation]) -> None:
     for reward in soft.score(items, explain=True):
         assert set(reward.weights) == set(reward.expert_rewards) == {"long", "short"}

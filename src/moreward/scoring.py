@@ -494,26 +494,34 @@ class Scorer:
             routes |= {prompts[p]: routing.rows(torch.tensor([i])) for i, p in enumerate(new)}
         return concatenated([routes[prompt] for prompt in prompts]).rows(batch.prompt_of_N)
 
-    def _sent_to(self, expert: str, routing: Routing) -> Routing:
-        """The whole weight on one expert; the router's logits stay, for what it would have said."""
-        experts_N1 = torch.full_like(routing.experts_NK[:, :1], self.expert_number(expert))
-        return replace(routing, experts_NK=experts_N1, weights_NK=torch.ones_like(routing.weights_NK[:, :1]))
+    def _sent_to(self, expert: str, batch: Batch, routing: Routing | None) -> Routing:
+        """The whole weight on one expert. Logits are the router's, for what it would have said, or 0 if unasked."""
+        shape = (len(batch), len(self.experts))
+        experts_N1 = torch.full((len(batch), 1), self.expert_number(expert), device=self.device)
+        return Routing(
+            experts_NK=experts_N1,
+            weights_NK=torch.ones_like(experts_N1, dtype=torch.float32),
+            logits_NE=torch.zeros(shape, device=self.device) if routing is None else routing.logits_NE,
+        )
 
     @torch.no_grad()
     def _rewards(
         self, batch: Batch, routes: Routes, explain: bool, uncertain: bool = False, expert: str = ""
     ) -> list[Reward]:
         if isinstance(self.system, GatedSystem):
-            routing = self._routing(batch, routes)
-            output = self.system(batch, self._sent_to(expert, routing) if expert else routing)
+            # A named expert needs no router, which reads every prompt; doubts hold the router's entropy all the same.
+            routing = None if expert and not uncertain else self._routing(batch, routes)
+            output = self.system(batch, self._sent_to(expert, batch, routing) if expert else routing)
         else:
             output = self.system(batch)
         _refuse_non_finite(output.reward_N)
         if not uncertain:
-            return self._told(batch, output, explain)
+            told = self._told(batch, output, explain)
+            return [replace(reward, router_entropy=None) for reward in told] if expert else told
         told = self._told(batch, output, explain=True)
         doubts = self._doubts(batch, output, told)
         unasked: dict[str, Any] = {} if explain else {"expert_rewards": {}, "parts": {}, "part_rewards": {}}
+        unasked |= {"router_entropy": None} if expert else {}
         return [replace(reward, uncertainty=doubt, **unasked) for reward, doubt in zip(told, doubts, strict=True)]
 
     def _doubts(self, batch: Batch, output: Rewards, told: Sequence[Reward]) -> list[Uncertainty]:
