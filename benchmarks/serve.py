@@ -4,7 +4,8 @@ python -m benchmarks.serve [--run RUN] [--seconds 20] [--clients 1,8,64] [--quic
 
 The plain handler is what one writes in an afternoon: PEFT's adapters of the run's experts on one model, a lock,
 `set_adapter`, one text a forward. Clients are a process of their own, on loopback, and ask again once answered.
-Ours is asked by name like the plain one, and once more with its router. Without --run a mixture is trained for a few
+Ours is asked by name like the plain one and with its router, with batches that move no reward by a bit (the default:
+a text a forward) and with free ones. Without --run a mixture is trained for a few
 steps on the packaged MiniLM: its rewards are worth nothing, its cost is that of a trained one.
 """
 
@@ -36,6 +37,8 @@ from benchmarks.machine import ROOT, commit, describe
 DOMAINS = ("advice", "code", "facts", "stories")
 WORDS = "sea calm bright old map winter tells more than bread violin quiet library".split()  # noqa: SIM905
 OURS, ROUTED, PLAIN = "moreward serve, expert named", "moreward serve, routed", "FastAPI and PEFT, expert named"
+FREE, FREE_ROUTED = "moreward serve --free-batches, expert named", "moreward serve --free-batches, routed"
+SERVERS = {OURS: "ours", ROUTED: "ours", FREE: "free", FREE_ROUTED: "free", PLAIN: "plain"}
 
 
 def texts(num: int, words: int = 24) -> list[tuple[str, str]]:
@@ -102,7 +105,7 @@ def ask(url: str, kind: str, experts: Sequence[str], num_clients: int, seconds: 
         expert = experts[i % len(experts)]
         if kind == PLAIN:
             return "/reward", {"prompt": prompt, "response": response, "expert": expert}
-        named = expert if kind == OURS else "auto"
+        named = expert if kind in (OURS, FREE) else "auto"
         return "/v1/rewards", {"items": [{"prompt": prompt, "response": response}], "expert": named}
 
     async def client(number: int, ends: float) -> None:
@@ -165,20 +168,24 @@ def free_port() -> int:
 
 
 def measured(run: Path, clients: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """Both servers run at the same time and are asked in turns, so that what else the machine does meets both."""
+    """All servers run at the same time and are asked in turns, so that what else the machine does meets all."""
     experts = [folder.name for folder in sorted((run / "model" / "experts").iterdir())]
-    urls = {name: f"http://127.0.0.1:{free_port()}" for name in ("ours", "plain")}
+    urls = {name: f"http://127.0.0.1:{free_port()}" for name in ("ours", "free", "plain")}
     ports = {name: url.rpartition(":")[2] for name, url in urls.items()}
     ours = ["-m", "moreward", "serve", str(run), "--port", ports["ours"]]
+    free = ["-m", "moreward", "serve", str(run), "--free-batches", "--port", ports["free"]]
     other = ["-m", "benchmarks.serve", "--plain", str(run), "--port", ports["plain"]]
     found = []
-    with process(ours, urls["ours"], "/readyz"), process(other, urls["plain"], "/docs"):
-        for kind in (OURS, PLAIN):
-            _client(urls["plain" if kind == PLAIN else "ours"], kind, experts, 2, min(seconds, 3))
+    with (
+        process(ours, urls["ours"], "/readyz"),
+        process(free, urls["free"], "/readyz"),
+        process(other, urls["plain"], "/docs"),
+    ):
+        for kind, server in SERVERS.items():
+            _client(urls[server], kind, experts, 2, min(seconds, 3))
         for number in clients:
-            for kind in (OURS, ROUTED, PLAIN):
-                url = urls["plain" if kind == PLAIN else "ours"]
-                found.append({"server": kind, **_client(url, kind, experts, number, seconds)})
+            for kind, server in SERVERS.items():
+                found.append({"server": kind, **_client(urls[server], kind, experts, number, seconds)})
     return found
 
 

@@ -26,6 +26,7 @@ from moreward.cli_export import export
 from moreward.cli_label import EPILOG, label
 from moreward.cli_merge import add_commands
 from moreward.cli_serve import serve
+from moreward.cli_verify import verify
 from moreward.errors import ConfigError, MorewardError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ app.add_typer(data_app, name="data")
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command()(serve)
 app.command()(export)
+app.command()(verify)
 add_commands(app)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]

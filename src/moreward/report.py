@@ -10,13 +10,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moreward.evals.accuracy import CHANCE, SATURATED, Cost, Evaluation, Measures
 from moreward.evals.compare import Comparison, Difference
 from moreward.evals.dtype import DtypePrice
-from moreward.evals.price import Prices
 from moreward.evals.routing import RoutingReport
+
+if TYPE_CHECKING:
+    from moreward.evals.price import Prices
 
 WIDTH = 100
 FEW_GROUPS = 10

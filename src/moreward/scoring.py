@@ -6,7 +6,7 @@ N conversations, P prompts, E experts, K experts used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -425,7 +425,7 @@ class Scorer:
             item = Conversation(prompt=as_text(stored["prompt"]), response=as_text(stored["response"]))
             now = self._plain([item], on_long="truncate")[0]
             difference = abs(now.number - stored["reward"])
-            if difference > self._allowed(now):
+            if difference > self.allowed(now.weights):
                 raise RunError(
                     f"golden rewards differ by {difference:.2g}: this model does not compute what it computed when it "
                     "was trained. Is the tokenizer or the backbone another version?"
@@ -433,12 +433,13 @@ class Scorer:
             largest = max(largest, difference)
         return largest
 
-    def _allowed(self, reward: Reward) -> float:
-        """The rounding of a raw reward in units of the experts that gave this one, the coarsest counting."""
+    def allowed(self, experts: Iterable[str]) -> float:
+        """How far apart two computations of a reward may be: the rounding of a raw reward in units of the experts
+        that give it, by their domains, the coarsest counting. Without experts per domain, of all parts."""
         system = self.system
         if isinstance(system, GatedSystem):
             name_of = dict(zip(system.domains, system.expert_names, strict=True))
-            used = [system.standardizer(name_of[domain]) for domain in reward.weights]
+            used = [system.standardizer(name_of[domain]) for domain in experts]
         else:
             used = [module for module in system.modules() if isinstance(module, Standardize)]
         rounding = [RAW_TOLERANCE * max(1.0, abs(float(one.mean))) / float(one.std) for one in used]

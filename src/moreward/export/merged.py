@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ def _note(scorer: Scorer, part: Part, offset: float) -> dict[str, Any]:
         "run": scorer.identity,
         "offset": offset,
         "max_length": scorer.encoder.max_length,
+        "allowed": _allowed(scorer, part.expert, torch.tensor([one["reward"] for one in golden])),
         "golden": golden,
     }
 
@@ -198,18 +200,29 @@ def _allowed(scorer: Scorer, expert: str, wanted_N: Tensor) -> float:
     return TOLERANCE * max(1.0, float(wanted_N.abs().max()), raw)
 
 
-@torch.no_grad()
 def plain_rewards(folder: Path, texts: list[list[int]]) -> Tensor:
     """`reward_N`: the logits that transformers gives to token ids, loaded anew from `folder`."""
+    return opened(folder)(texts)
+
+
+def opened(folder: Path) -> Callable[[list[list[int]]], Tensor]:
+    """Token ids to `reward_N`, as transformers computes it: in one batch, padded with the pad token."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with quiet():
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    longest = max(len(ids) for ids in texts)
-    ids_NT = torch.full((len(texts), longest), tokenizer.pad_token_id)
-    mask_NT = torch.zeros_like(ids_NT)
-    for n, ids in enumerate(texts):
-        ids_NT[n, : len(ids)] = torch.tensor(ids)
-        mask_NT[n, : len(ids)] = 1
-    return model(input_ids=ids_NT, attention_mask=mask_NT).logits[:, 0]  # type: ignore[no-any-return]
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    @torch.no_grad()
+    def rewards(texts: list[list[int]]) -> Tensor:
+        longest = max(len(ids) for ids in texts)
+        ids_NT = torch.full((len(texts), longest), tokenizer.pad_token_id)
+        mask_NT = torch.zeros_like(ids_NT)
+        for n, ids in enumerate(texts):
+            ids_NT[n, : len(ids)] = torch.tensor(ids)
+            mask_NT[n, : len(ids)] = 1
+        return model(input_ids=ids_NT, attention_mask=mask_NT).logits[:, 0]  # type: ignore[no-any-return]
+
+    return rewards

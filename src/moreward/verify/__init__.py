@@ -1,0 +1,1 @@
+"""Is this what was trained? Golden rewards recomputed: in a run, in its exported forms, behind a URL."""
