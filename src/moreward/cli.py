@@ -14,7 +14,6 @@ from moreward.cli_common import (
     evaluated,
     load_pairs,
     load_scorer,
-    measured,
     remote_scorer,
     say_too_long,
 )
@@ -23,6 +22,7 @@ from moreward.cli_compare import compare
 from moreward.cli_domains import EPILOG as DOMAINS_EPILOG
 from moreward.cli_domains import domains
 from moreward.cli_export import export
+from moreward.cli_grow import add_commands as add_grow_commands
 from moreward.cli_label import EPILOG, label
 from moreward.cli_merge import add_commands
 from moreward.cli_serve import serve
@@ -49,6 +49,7 @@ app.add_typer(data_app, name="data")
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command()(serve)
 app.command()(export)
+add_grow_commands(app)
 app.command()(verify)
 add_commands(app)
 
@@ -248,50 +249,6 @@ def score(
     for line in report.bad_rows:
         typer.echo(line, err=True)
     raise typer.Exit(report.exit_code)
-
-
-@app.command()
-def extend(
-    run: Run,
-    domain: Annotated[str, typer.Option(help="The name of the new domain.")],
-    data: Data,
-    out: Annotated[Path | None, typer.Option("--out", help="The new run; by default RUN+DOMAIN.")] = None,
-    old_data: Annotated[
-        list[str] | None, typer.Option("--old-data", help="Where the old domains' training pairs are now.")
-    ] = None,
-    shape: Annotated[str | None, typer.Option("--format", help="Row shape of the new data.")] = None,
-    truncate: Truncate = False,
-    backbone: BackboneDir = None,
-) -> None:
-    """Add a domain: one new expert and a refitted router; every old expert stays the same to the bit."""
-    from moreward.report import render_extension
-    from moreward.train.extend import extend as extend_run
-    from moreward.train.track import Console
-
-    made = extend_run(
-        run,
-        domain,
-        data,
-        out=out,
-        shape=shape,
-        old_data=old_data or (),
-        backbone=backbone,
-        truncate=truncate,
-        reporter=Console(),
-    )
-    typer.echo(
-        f"golden rewards of the old experts: {made.num_golden} recomputed, largest change "
-        f"{made.golden_difference:g}{' (bit-identical)' if made.golden_difference == 0 else ''}"
-    )
-    before = load_scorer(made.parent, truncate=truncate, backbone=backbone)
-    after = load_scorer(made.run, truncate=truncate, backbone=backbone)
-    pairs = [*made.old_val, *made.new_val]
-    if not made.old_val:
-        typer.echo("No held-out pairs of the old domains are known with --old-data; the table shows the new one only.")
-    typer.echo(render_extension(measured(before, pairs), measured(after, pairs), domain))
-    typer.echo(f"extended: {made.run}  (the old run is untouched)")
-    if made.golden_difference:
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -464,8 +464,8 @@ def _escaped(text: str) -> str:
 # ---- before and after --------------------------------------------------------------------------------------------
 
 
-def render_extension(before: ExtensionSide, after: ExtensionSide, domain: str) -> str:
-    """The regression table of an extended run: every old domain before and after, and the new one.
+def render_change(before: ExtensionSide, after: ExtensionSide, domain: str, word: str = "new") -> str:
+    """The regression table of a changed run: every old domain before and after, and the `word` one, `domain`.
 
     `before` may know nothing of the new domain's expert; its accuracy there is what the old mixture gave it.
     """
@@ -474,7 +474,7 @@ def render_extension(before: ExtensionSide, after: ExtensionSide, domain: str) -
     told = [("before", before.routing), ("after", after.routing)]
     table = Table(
         [
-            Column("domain", [f"{name} (new)" if name == domain else name for name in rows], is_words=True),
+            Column("domain", [f"{name} ({word})" if name == domain else name for name in rows], is_words=True),
             Column("pairs", [f"{now[name].num_pairs:,}" for name in rows]),
             Column("accuracy\nbefore", [_with_interval(was[name]) for name in rows]),
             Column("accuracy\nafter", [_with_interval(now[name]) for name in rows]),
@@ -492,7 +492,8 @@ def render_extension(before: ExtensionSide, after: ExtensionSide, domain: str) -
         if changed
         else ("No old domain lost accuracy.")
     )
-    return terminal_text([], [table], [words, *_router_words(after.routing)])
+    routers = ["Before:", *_router_words(before.routing), "After:", *_router_words(after.routing)]
+    return terminal_text([], [table], [words, *routers])
 
 
 def render_price(prices: Prices) -> str:

@@ -13,11 +13,11 @@ import torch
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import Encoder, encode_pairs, pair_batch
 from moreward.errors import BackboneError, ConfigError
+from moreward.growth.change import extend
 from moreward.nn.backbone import Backbone, last_span, load_tokenizer
 from moreward.nn.features import FeatureScale
 from moreward.runs import read_model
 from moreward.systems.base_lora import Recipe
-from moreward.train.extend import extend
 from moreward.train.merge import merge
 from moreward.train.runner import read_pairs
 from moreward.types import Conversation, Preference

@@ -18,11 +18,11 @@ from moreward.data.batches import Encoder, encode_pairs, pair_batch, side
 from moreward.data.formats import convert
 from moreward.errors import ConfigError, DataError
 from moreward.evals.accuracy import evaluate
+from moreward.growth.change import extend
 from moreward.nn.backbone import Backbone, load_tokenizer
 from moreward.nn.losses import PairwiseLoss
 from moreward.scoring import Scorer, load
 from moreward.systems.dmoerm import BASELINE, DmoermConfig, Recipe
-from moreward.train.extend import extend
 from moreward.train.runner import Pairs, Work, train_on
 from moreward.types import Preference, RoutedReward
 from train.test_together import Watched, fit_of

@@ -14,6 +14,7 @@ import torch
 from scipy.optimize import minimize
 
 from moreward.data.batches import Encoder, conversation_batch, encode_pairs, pair_batch
+from moreward.growth.change import extend
 from moreward.nn.backbone import Backbone, load_tokenizer
 from moreward.nn.losses import PairwiseLoss
 from moreward.scoring import load
@@ -32,7 +33,6 @@ from moreward.systems.shared_expert import (
     parts_of,
     solve_own,
 )
-from moreward.train.extend import extend
 from moreward.types import Batch, Conversation, Preference, Rewards
 from trained import card, trained, weights, write_pairs
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moreward.cli import app
 from moreward.errors import DataError
-from moreward.train.extend import extend
+from moreward.growth.change import extend
 from moreward.train.runner import train
 from moreward.train.track import Silent
 from moreward.types import Preference

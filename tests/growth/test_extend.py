@@ -14,10 +14,10 @@ import torch
 from moreward.data.batches import conversation_batch, side
 from moreward.errors import ConfigError, DataError, RunError
 from moreward.evals.run import evaluate_run
+from moreward.growth.change import carry_over, extend
 from moreward.nn.backbone import Backbone
 from moreward.runs import read_model
 from moreward.scoring import Scorer, load
-from moreward.train.extend import extend, grow_into
 from moreward.types import Conversation, Preference
 from trained import card, digests, trained, weights, write_pairs
 
@@ -127,7 +127,7 @@ def test_the_card_of_an_extension_tells_where_it_comes_from(made: Callable[..., 
     run, _, extension = made("arliss", "bert")
     told = card(extension.run)
     assert told["parent"] == {"run": str(run), "model": load(run).identity}
-    assert [a["domain"] for a in told["additions"]] == ["asking"]
+    assert [a["domain"] for a in told["changes"]] == ["asking"]
     assert [s["stage"] for s in told["stages"]] == ["expert/asking", "router"]
     assert told["domains"] == ["long", "short", "asking"]
     counts = told["data"]["train_pairs"]
@@ -241,10 +241,10 @@ def test_a_damaged_run_is_refused_and_not_extended(made: Callable[..., Any], new
 
 def test_growing_keeps_old_rows_and_refuses_other_shapes(made: Callable[..., Any]) -> None:
     grown, gate = torch.zeros(3, 2), torch.ones(2, 2)
-    grow_into({"gate": grown, "scale": torch.zeros(())}, {"gate": gate, "scale": torch.ones(())})
+    carry_over({"gate": grown, "scale": torch.zeros(())}, {"gate": gate, "scale": torch.ones(())}, [0, 1])
     assert grown.tolist() == [[1, 1], [1, 1], [0, 0]]
     with pytest.raises(RunError, match=r"tensor 'gate' has shape \(2, 3\), not \(3, 2\)"):
-        grow_into({"gate": grown}, {"gate": torch.ones(2, 3)})
+        carry_over({"gate": grown}, {"gate": torch.ones(2, 3)}, [0, 1])
     system, _, told = read_model(made("arliss", "bert")[0])
     assert Backbone.load(told["backbone"]["name"]).pooling == system.backbones()[0].pooling
 
