@@ -13,16 +13,21 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a traine
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("--out", help="A new folder.", show_default=False)],
-    to: Annotated[Literal["merged"], typer.Option("--to", help="merged: plain classifiers.")] = "merged",
+    to: Annotated[
+        Literal["merged", "peft"],
+        typer.Option("--to", help="merged: a plain classifier per expert; peft: an adapter per expert."),
+    ] = "merged",
     backbone: Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")] = None,
 ) -> None:
-    """Write every expert as a plain classifier directory that transformers loads."""
+    """Write a run in the form of another library, which must give the golden rewards again before it is kept."""
+    from moreward.export.adapters import export_peft
     from moreward.export.merged import export_merged
     from moreward.scoring import load
 
-    done = export_merged(load(run, backbone=backbone, device="cpu"), out)
+    write, library = {"merged": (export_merged, "transformers"), "peft": (export_peft, "peft")}[to]
+    done = write(load(run, backbone=backbone, device="cpu"), out)
     for one in done:
-        typer.echo(f"{one.folder}: golden rewards differ by at most {one.difference:.2g} in transformers")
+        typer.echo(f"{one.folder}: golden rewards differ by at most {one.difference:.2g} in {library}")
         if one.offset:
             typer.echo(f"  add {one.offset:.6g} to its logit for the standardised reward: decoders' heads have no bias")
     if len(done) > 1:
