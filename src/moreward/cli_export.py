@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from moreward.errors import ConfigError
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
 
 
@@ -14,18 +16,27 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("--out", help="A new folder.", show_default=False)],
     to: Annotated[
-        Literal["merged", "peft"],
-        typer.Option("--to", help="merged: a plain classifier per expert; peft: an adapter per expert."),
+        Literal["merged", "peft", "hf"],
+        typer.Option("--to", help="merged: a plain classifier per expert; peft: an adapter each; hf: the mixture."),
     ] = "merged",
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="hf: put the model's code beside it, for trust_remote_code=True.")
+    ] = False,
     backbone: Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")] = None,
 ) -> None:
     """Write a run in the form of another library, which must give the golden rewards again before it is kept."""
     from moreward.export.adapters import export_peft
     from moreward.export.merged import export_merged
+    from moreward.export.mixture import export_hf
     from moreward.scoring import load
 
-    write, library = {"merged": (export_merged, "transformers"), "peft": (export_peft, "peft")}[to]
-    done = write(load(run, backbone=backbone, device="cpu"), out)
+    if with_code and to != "hf":
+        raise ConfigError(f"--with-code: only --to hf has code of its own (got --to {to})")
+    scorer, library = load(run, backbone=backbone, device="cpu"), "peft" if to == "peft" else "transformers"
+    if to == "hf":
+        done = export_hf(scorer, out, with_code=with_code)
+    else:
+        done = (export_merged if to == "merged" else export_peft)(scorer, out)
     for one in done:
         typer.echo(f"{one.folder}: golden rewards differ by at most {one.difference:.2g} in {library}")
         if one.offset:
