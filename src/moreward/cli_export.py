@@ -22,21 +22,26 @@ def export(
     with_code: Annotated[
         bool, typer.Option("--with-code", help="hf: put the model's code beside it, for trust_remote_code=True.")
     ] = False,
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", help="What `moreward eval --json` printed, for the model card.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")] = None,
 ) -> None:
     """Write a run in the form of another library, which must give the golden rewards again before it is kept."""
     from moreward.export.adapters import export_peft
+    from moreward.export.card import read_evaluation
     from moreward.export.merged import export_merged
     from moreward.export.mixture import export_hf
     from moreward.scoring import load
 
     if with_code and to != "hf":
         raise ConfigError(f"--with-code: only --to hf has code of its own (got --to {to})")
+    measured = read_evaluation(evaluation) if evaluation else None
     scorer, library = load(run, backbone=backbone, device="cpu"), "peft" if to == "peft" else "transformers"
     if to == "hf":
-        done = export_hf(scorer, out, with_code=with_code)
+        done = export_hf(scorer, out, with_code=with_code, evaluation=measured)
     else:
-        done = (export_merged if to == "merged" else export_peft)(scorer, out)
+        done = (export_merged if to == "merged" else export_peft)(scorer, out, evaluation=measured)
     for one in done:
         typer.echo(f"{one.folder}: golden rewards differ by at most {one.difference:.2g} in {library}")
         if one.offset:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moreward.checkpoint import write_json, write_manifest
 from moreward.errors import ConfigError, MissingExtraError
+from moreward.export.card import write_card
 from moreward.export.merged import Exported
 from moreward.export.parts import NOTE, Part, compare, need_golden, new_folder, note, padded, parts_of
 from moreward.nn.backbone import quiet, resolve_backbone
@@ -26,7 +27,7 @@ from moreward.scoring import Scorer
 KIND = "moreward-peft"
 
 
-def export_peft(scorer: Scorer, out: Path) -> list[Exported]:
+def export_peft(scorer: Scorer, out: Path, *, evaluation: dict[str, Any] | None = None) -> list[Exported]:
     """Write an adapter directory per expert, `out/NAME`; a single model's is `out` itself.
 
     Nothing is left behind unless peft, loading what was written onto the pretrained weights, gives the golden rewards
@@ -46,6 +47,7 @@ def export_peft(scorer: Scorer, out: Path) -> list[Exported]:
             folder = temporary / name
             offset = _write(folder, out / name, scorer, part)
             difference = _compare(folder, part)
+            write_card(folder, scorer, KIND, part.expert, evaluation)
             write_manifest(folder, kind=KIND)
             done.append(Exported(out / name, part.expert, difference, offset))
     return done

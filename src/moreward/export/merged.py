@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moreward.checkpoint import write_json, write_manifest
 from moreward.errors import ConfigError
+from moreward.export.card import write_card
 from moreward.export.parts import NOTE, Part, compare, need_golden, new_folder, note, padded, parts_of
 from moreward.nn.backbone import quiet
 from moreward.nn.peft_format import folded, pools_as_classifier
@@ -36,7 +37,7 @@ class Exported:
     offset: float
 
 
-def export_merged(scorer: Scorer, out: Path) -> list[Exported]:
+def export_merged(scorer: Scorer, out: Path, *, evaluation: dict[str, Any] | None = None) -> list[Exported]:
     """Write a directory per expert, `out/NAME`; a single model is `out` itself.
 
     Nothing is left behind unless transformers, loading what was written, gives the golden rewards again. ConfigError
@@ -53,6 +54,7 @@ def export_merged(scorer: Scorer, out: Path) -> list[Exported]:
             name = "" if alone else part.name
             offset = _write(temporary / name, scorer, part)
             difference = _compare(temporary / name)
+            write_card(temporary / name, scorer, KIND, part.expert, evaluation)
             write_manifest(temporary / name, kind=KIND)
             done.append(Exported(out / name, part.expert, difference, offset))
     return done

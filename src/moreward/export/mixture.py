@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moreward.checkpoint import write_json, write_manifest
 from moreward.errors import ConfigError
 from moreward.export import modeling_moreward
+from moreward.export.card import write_card
 from moreward.export.merged import PAD, Exported
 from moreward.export.modeling_moreward import MorewardConfig, MorewardForSequenceClassification
 from moreward.export.parts import (
@@ -43,7 +44,9 @@ PROMPT_END = "<|moreward_prompt_end|>"
 CODE = "modeling_moreward.py"
 
 
-def export_hf(scorer: Scorer, out: Path, *, with_code: bool = False) -> list[Exported]:
+def export_hf(
+    scorer: Scorer, out: Path, *, with_code: bool = False, evaluation: dict[str, Any] | None = None
+) -> list[Exported]:
     """Write the mixture as `out`, for AutoModelForSequenceClassification: after `import moreward`, or `with_code` with
     `trust_remote_code=True` alone.
 
@@ -62,6 +65,7 @@ def export_hf(scorer: Scorer, out: Path, *, with_code: bool = False) -> list[Exp
         _finish_config(temporary, with_code=with_code)
         write_json(temporary / NOTE, _note(scorer, parts))
         difference = _compare(temporary)
+        write_card(temporary, scorer, KIND, "", evaluation)
         write_manifest(temporary, kind=KIND)
     return [Exported(out, "", difference, 0.0)]
 
