@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from moreward.export.registering import register as _register
+
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
@@ -23,6 +25,9 @@ _PUBLIC = {
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])
+
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,22 +7,43 @@ from typing import Annotated, Literal
 
 import typer
 
+from moreward.errors import ConfigError
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
 
 
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("--out", help="A new folder.", show_default=False)],
-    to: Annotated[Literal["merged"], typer.Option("--to", help="merged: plain classifiers.")] = "merged",
+    to: Annotated[
+        Literal["merged", "peft", "hf"],
+        typer.Option("--to", help="merged: a plain classifier per expert; peft: an adapter each; hf: the mixture."),
+    ] = "merged",
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="hf: put the model's code beside it, for trust_remote_code=True.")
+    ] = False,
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", help="What `moreward eval --json` printed, for the model card.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", help="Where the pretrained weights are now.")] = None,
 ) -> None:
-    """Write every expert as a plain classifier directory that transformers loads."""
+    """Write a run in the form of another library, which must give the golden rewards again before it is kept."""
+    from moreward.export.adapters import export_peft
+    from moreward.export.card import read_evaluation
     from moreward.export.merged import export_merged
+    from moreward.export.mixture import export_hf
     from moreward.scoring import load
 
-    done = export_merged(load(run, backbone=backbone, device="cpu"), out)
+    if with_code and to != "hf":
+        raise ConfigError(f"--with-code: only --to hf has code of its own (got --to {to})")
+    measured = read_evaluation(evaluation) if evaluation else None
+    scorer, library = load(run, backbone=backbone, device="cpu"), "peft" if to == "peft" else "transformers"
+    if to == "hf":
+        done = export_hf(scorer, out, with_code=with_code, evaluation=measured)
+    else:
+        done = (export_merged if to == "merged" else export_peft)(scorer, out, evaluation=measured)
     for one in done:
-        typer.echo(f"{one.folder}: golden rewards differ by at most {one.difference:.2g} in transformers")
+        typer.echo(f"{one.folder}: golden rewards differ by at most {one.difference:.2g} in {library}")
         if one.offset:
             typer.echo(f"  add {one.offset:.6g} to its logit for the standardised reward: decoders' heads have no bias")
     if len(done) > 1:

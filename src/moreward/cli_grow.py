@@ -124,8 +124,8 @@ def _change(
         for stage in change.plan(kind, run, domain, data, **told):
             about = "" if stage.seconds is None else f", about {stage.seconds:.0f} s if this machine is as fast as then"
             typer.echo(
-                f"would train {stage.stage}: {stage.parameters:,} parameters, {stage.pairs:,} pairs, "
-                f"at most {stage.steps:,} steps{about}"
+                f"would train {stage.stage}: {stage.parameters:,} parameters, at most "
+                f"{stage.pairs:,} pairs and {stage.steps:,} steps{about}"
             )
         return
     told["reporter"] = Console()

@@ -147,7 +147,7 @@ def test_the_data_of_a_changed_run_is_known_to_the_next_change(
     made = changed("arliss", "remove")
     assert set(card(made.run)["data"]["train_pairs"]) == {"long", "asking"}
     back = extend(made.run, "short", [str(other_data)], out=tmp_path / "back")
-    assert load(back.run).experts == ("long", "asking", "short")
+    assert load(back.run).experts == ("asking", "long", "short")
     assert back.golden_difference == 0.0
     kinds = [(c["kind"], c["domain"]) for c in card(back.run)["changes"]]
     assert kinds == [("remove", "short"), ("extend", "short")]
@@ -206,9 +206,8 @@ def test_a_plan_says_what_would_be_trained_and_writes_nothing(
     planned = plan("replace", run, "short", [str(other_data)], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     done = card(changed("arliss", "replace").run)["stages"]
-    assert [(s.stage, s.pairs, s.parameters) for s in planned] == [
-        (s["stage"], s["pairs"], s["parameters_trained"]) for s in done
-    ]
+    assert [(s.stage, s.parameters) for s in planned] == [(s["stage"], s["parameters_trained"]) for s in done]
+    assert all(0 < s["pairs"] <= p.pairs for s, p in zip(done, planned, strict=True)), "some are longer than allowed"
     assert all(s["steps"] <= p.steps for s, p in zip(done, planned, strict=True))
     assert all(p.seconds is not None and p.seconds > 0 for p in planned)
     assert [s.stage for s in plan("remove", run, "short")] == ["router"]
@@ -216,7 +215,7 @@ def test_a_plan_says_what_would_be_trained_and_writes_nothing(
 
 @pytest.mark.parametrize(
     ("domain", "said"),
-    [("loud", "'loud' does not exist. The run has: long, short, asking"), (" ", "--domain: is empty")],
+    [("loud", "'loud' does not exist. The run has: asking, long, short"), (" ", "--domain: is empty")],
 )
 def test_a_domain_that_is_not_there_is_refused(
     domain: str, said: str, run_of: Callable[[str], Path], other_data: Path, tmp_path: Path
@@ -250,7 +249,7 @@ def test_the_commands(run_of: Callable[[str], Path], other_data: Path, tmp_path:
     assert "short (replaced)" in told
     assert "Before:" in told
     assert "given another expert" in told
-    assert said("history", out).splitlines()[-1].endswith("replace short; 3 domains: long, short, asking")
+    assert said("history", out).splitlines()[-1].endswith("replace short; 3 domains: asking, long, short")
     assert json.loads(said("history", out, "--json"))[0]["change"] == "trained"
     assert "rolled back" in said("rollback", out, "--out", str(tmp_path / "back"))
     assert "does not exist" in str(CliRunner().invoke(app, ["remove", run, "--domain", "x"]).exception)

@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 from moreward.checkpoint import write_manifest
 from moreward.cli import app
 from moreward.errors import ConfigError, RunError, ServerError
-from moreward.export.merged import NOTE, export_merged
+from moreward.export.adapters import export_peft
+from moreward.export.merged import export_merged
+from moreward.export.mixture import export_hf
+from moreward.export.parts import NOTE
 from moreward.scoring import load
 from moreward.verify.checks import Verified, compared
 from moreward.verify.exported import exported_folders, verify_exported
@@ -155,6 +158,18 @@ def test_an_export_is_what_it_was_and_of_its_run(run: Path, other: Path, exporte
     assert any("golden text" in fault for fault in faults)
 
 
+def test_adapters_and_whole_mixtures_are_verified_by_their_own_library(run: Path, tmp_path: Path) -> None:
+    scorer = load(run, device="cpu")
+    export_peft(scorer, tmp_path / "peft")
+    export_hf(scorer, tmp_path / "hf")
+    folders = [*exported_folders(tmp_path / "peft"), *exported_folders(tmp_path / "hf")]
+    assert [folder.name for folder in folders] == ["long", "short", "hf"]
+    for folder in folders:
+        found = verify_exported(folder, against=run)
+        assert found.holds, found.faults
+    assert "cannot be found" in verify_exported(folders[0], backbone=str(tmp_path / "nowhere")).faults[0]
+
+
 def test_a_changed_export_is_told(exported: Path, run: Path, tmp_path: Path) -> None:
     copy = copied(exported / "long", tmp_path)
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
@@ -171,7 +186,7 @@ def test_a_changed_export_is_told(exported: Path, run: Path, tmp_path: Path) -> 
 def test_an_export_that_does_not_say_what_to_compare_with_is_refused(exported: Path, tmp_path: Path) -> None:
     copy = copied(exported / "long", tmp_path)
     told = json.loads((copy / NOTE).read_text())
-    del told["allowed"]
+    del told["tolerance"]
     (copy / NOTE).write_text(json.dumps(told))
     write_manifest(copy, kind="moreward-merged")
     with pytest.raises(RunError, match="export the run again"):

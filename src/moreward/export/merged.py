@@ -16,18 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from moreward.checkpoint import write_json, write_manifest
-from moreward.data.batches import Encoded
-from moreward.errors import ConfigError, RunError
-from moreward.export.parts import Part, new_folder, parts_of
-from moreward.items import as_text
+from moreward.errors import ConfigError
+from moreward.export.card import write_card
+from moreward.export.parts import NOTE, Part, compare, need_golden, new_folder, note, padded, parts_of
 from moreward.nn.backbone import quiet
 from moreward.nn.peft_format import folded, pools_as_classifier
 from moreward.scoring import Scorer
-from moreward.types import Conversation
 
-TOLERANCE = 1e-5
-"""Relative to the largest of the golden rewards, or to 1 where they are smaller."""
-NOTE = "moreward.json"
+KIND = "moreward-merged"
 PAD = "<|moreward_pad|>"
 
 
@@ -42,7 +38,7 @@ class Exported:
     offset: float
 
 
-def export_merged(scorer: Scorer, out: Path) -> list[Exported]:
+def export_merged(scorer: Scorer, out: Path, *, evaluation: dict[str, Any] | None = None) -> list[Exported]:
     """Write a directory per expert, `out/NAME`; a single model is `out` itself.
 
     Nothing is left behind unless transformers, loading what was written, gives the golden rewards again. ConfigError
@@ -51,16 +47,16 @@ def export_merged(scorer: Scorer, out: Path) -> list[Exported]:
     parts = parts_of(scorer.system)
     for part in parts:
         _check(part)
-    if not scorer.card["golden"]:
-        raise RunError("export: this run has no golden rewards, so nothing could be compared; train it on texts")
+    need_golden(scorer)
     with new_folder(out) as temporary:
         alone = len(parts) == 1 and not parts[0].expert
         done = []
         for part in parts:
             name = "" if alone else part.name
             offset = _write(temporary / name, scorer, part)
-            difference = _compare(temporary / name, scorer, part.expert, offset)
-            write_manifest(temporary / name, kind="moreward-merged")
+            difference = _compare(temporary / name)
+            write_card(temporary / name, scorer, KIND, part.expert, evaluation)
+            write_manifest(temporary / name, kind=KIND)
             done.append(Exported(out / name, part.expert, difference, offset))
     return done
 
@@ -90,7 +86,7 @@ def _write(folder: Path, scorer: Scorer, part: Part) -> float:
     tokenizer.save_pretrained(folder)
     with quiet():
         model.save_pretrained(folder)
-    write_json(folder / NOTE, _note(scorer, part, offset))
+    write_json(folder / NOTE, note(scorer, part, KIND, offset))
     return offset
 
 
@@ -151,53 +147,11 @@ def _set_pad(tokenizer: Any, model: Any) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def _note(scorer: Scorer, part: Part, offset: float) -> dict[str, Any]:
-    """Where the directory comes from, and its golden rewards."""
-    golden = [
-        {
-            "prompt": stored["prompt"],
-            "response": stored["response"],
-            "ids": list(_encoded(scorer, stored).ids),
-            "reward": stored["experts"][part.expert] if part.expert else stored["reward"],
-        }
-        for stored in scorer.card["golden"]
-    ]
-    return {
-        "recipe": scorer.card["recipe"],
-        "expert": part.expert,
-        "run": scorer.identity,
-        "offset": offset,
-        "max_length": scorer.encoder.max_length,
-        "allowed": _allowed(scorer, part.expert, torch.tensor([one["reward"] for one in golden])),
-        "golden": golden,
-    }
-
-
-def _encoded(scorer: Scorer, stored: dict[str, Any]) -> Encoded:
-    item = Conversation(prompt=as_text(stored["prompt"]), response=as_text(stored["response"]))
-    return scorer.encoder.conversation(item)
-
-
-def _compare(folder: Path, scorer: Scorer, expert: str, offset: float) -> float:
+def _compare(folder: Path) -> float:
     """The largest difference of golden rewards, in a batch as others make them: padded, with the pad token. RunError
     beyond rounding."""
-    told = json.loads((folder / NOTE).read_text(encoding="utf-8"))["golden"]
-    wanted_N = torch.tensor([one["reward"] for one in told], dtype=torch.float64)
-    found_N = plain_rewards(folder, [one["ids"] for one in told]).double() + offset
-    difference = float((found_N - wanted_N).abs().max())
-    if not difference <= _allowed(scorer, expert, wanted_N):
-        raise RunError(
-            f"{expert or 'the model'}: transformers gives other rewards than this run (largest difference "
-            f"{difference:.2g}); nothing was exported. The architecture may compute them in another way."
-        )
-    return difference
-
-
-def _allowed(scorer: Scorer, expert: str, wanted_N: Tensor) -> float:
-    """What rounding of a raw reward may do, in units of the expert."""
-    one = next(p.standardize for p in parts_of(scorer.system) if p.expert == expert)
-    raw = max(1.0, abs(float(one.mean))) / float(one.std)
-    return TOLERANCE * max(1.0, float(wanted_N.abs().max()), raw)
+    told = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    return compare(plain_rewards(folder, [one["ids"] for one in told["golden"]]), told, "transformers")
 
 
 def plain_rewards(folder: Path, texts: list[list[int]]) -> Tensor:
@@ -217,12 +171,7 @@ def opened(folder: Path) -> Callable[[list[list[int]]], Tensor]:
 
     @torch.no_grad()
     def rewards(texts: list[list[int]]) -> Tensor:
-        longest = max(len(ids) for ids in texts)
-        ids_NT = torch.full((len(texts), longest), tokenizer.pad_token_id)
-        mask_NT = torch.zeros_like(ids_NT)
-        for n, ids in enumerate(texts):
-            ids_NT[n, : len(ids)] = torch.tensor(ids)
-            mask_NT[n, : len(ids)] = 1
+        ids_NT, mask_NT = padded(texts, tokenizer.pad_token_id)
         return model(input_ids=ids_NT, attention_mask=mask_NT).logits[:, 0]  # type: ignore[no-any-return]
 
     return rewards

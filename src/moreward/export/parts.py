@@ -1,4 +1,7 @@
-"""The experts that a run's exports are made of, and how a folder of exports comes into being."""
+"""What all exports share: the experts they are made of, golden rewards, and how a folder comes into being.
+
+N texts, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from moreward.checkpoint import fsync_path, space_errors
-from moreward.errors import ConfigError
+from moreward.data.batches import Encoded
+from moreward.errors import ConfigError, RunError
+from moreward.items import as_text
 from moreward.nn.backbone import Backbone
 from moreward.nn.experts import AdapterExperts, RewardHead, SoloExpert, Standardize, standardised_heads
+from moreward.scoring import Scorer
 from moreward.systems._base import GatedSystem, System
+from moreward.types import Conversation
+
+NOTE = "moreward.json"
+TOLERANCE = 1e-5
+"""Relative to the largest of the golden rewards, or to 1 where they are smaller."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +87,67 @@ def new_folder(out: Path) -> Iterator[Path]:
             fsync_path(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def need_golden(scorer: Scorer) -> None:
+    if not scorer.card["golden"]:
+        raise RunError("export: this run has no golden rewards, so nothing could be compared; train it on texts")
+
+
+def note(scorer: Scorer, part: Part, kind: str, offset: float) -> dict[str, Any]:
+    """What `moreward.json` of an expert's directory holds: where it comes from, its golden rewards, and the
+    `tolerance`, by which rounding may move them."""
+    rewards = [one["experts"][part.expert] if part.expert else one["reward"] for one in scorer.card["golden"]]
+    golden = [
+        {"prompt": one["prompt"], "response": one["response"], "ids": list(encoded(scorer, one).ids), "reward": reward}
+        for one, reward in zip(scorer.card["golden"], rewards, strict=True)
+    ]
+    return {
+        "kind": kind,
+        "recipe": scorer.card["recipe"],
+        "expert": part.expert,
+        "run": scorer.identity,
+        "offset": offset,
+        "max_length": scorer.encoder.max_length,
+        "tolerance": allowed(rewards, rounding(part)),
+        "golden": golden,
+    }
+
+
+def allowed(rewards: list[float], unit: float) -> float:
+    """What rounding may do to rewards; `unit` is the size of a raw reward in units of the reward."""
+    return TOLERANCE * max(1.0, *map(abs, rewards), unit)
+
+
+def encoded(scorer: Scorer, stored: dict[str, Any]) -> Encoded:
+    """The tokens of a golden text."""
+    item = Conversation(prompt=as_text(stored["prompt"]), response=as_text(stored["response"]))
+    return scorer.encoder.conversation(item)
+
+
+def compare(found_N: Tensor, told: dict[str, Any], library: str) -> float:
+    """The largest difference of what `library` found from the golden rewards of a note. RunError beyond rounding."""
+    wanted_N = torch.tensor([one["reward"] for one in told["golden"]], dtype=torch.float64)
+    difference = float((found_N.double() + told["offset"] - wanted_N).abs().max())
+    if not difference <= told["tolerance"]:
+        raise RunError(
+            f"{told['expert'] or 'the model'}: {library} gives other rewards than this run (largest difference "
+            f"{difference:.2g}); nothing was exported. The architecture may compute them in another way."
+        )
+    return difference
+
+
+def rounding(part: Part) -> float:
+    """The size of a raw reward in units of the expert."""
+    return max(1.0, abs(float(part.standardize.mean))) / float(part.standardize.std)
+
+
+def padded(texts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """`ids_NT` padded at the end, and the mask."""
+    longest = max(len(ids) for ids in texts)
+    ids_NT = torch.full((len(texts), longest), pad_id)
+    mask_NT = torch.zeros_like(ids_NT)
+    for n, ids in enumerate(texts):
+        ids_NT[n, : len(ids)] = torch.tensor(ids)
+        mask_NT[n, : len(ids)] = 1
+    return ids_NT, mask_NT

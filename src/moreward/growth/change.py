@@ -55,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage that a change would train. `seconds` is guessed from a like stage of the parent, None without one."""
+    """A stage that a change would train. Pairs longer than allowed are among `pairs`. `seconds` is guessed from a like stage of the parent, None without one."""
 
     stage: str
     pairs: int
@@ -220,10 +220,14 @@ def _system(begun: _Begun, backbone: Backbone) -> GatedSystem:
     old_system = begun.before.system
     kept = [i for i, d in enumerate(old_system.domains) if d in begun.domains]
     old = old_system.saved_tensors()
+    new = system.saved_tensors()
     gone = (
-        _own_names(system if begun.kind == "replace" else old_system, begun.domain) if begun.kind != "extend" else set()
+        set() if begun.kind == "extend" else _own_names(system if begun.kind == "replace" else old_system, begun.domain)
     )
-    carry_over(system.saved_tensors(), {k: v for k, v in old.items() if k not in gone}, kept)
+    if begun.kind == "remove":  # what is kept under the expert's name, whoever shares it
+        name = old_system.expert_names[old_system.domains.index(begun.domain)]
+        gone |= {k for k in old if k not in new and f".{name}." in k}
+    carry_over(new, {k: v for k, v in old.items() if k not in gone}, kept)
     return system
 
 

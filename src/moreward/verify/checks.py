@@ -48,13 +48,14 @@ class Verified:
 @dataclass(frozen=True)
 class Golden:
     """A text with what it got when the model was written: `reward`, and that of each expert by name. `ids` are its
-    tokens."""
+    tokens, `prompt_ids` those of its prompt."""
 
     prompt: Any
     response: Any
     reward: float
     experts: Mapping[str, float]
     ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] = ()
 
 
 def files_check(folder: Path) -> Check:

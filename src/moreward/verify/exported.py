@@ -1,7 +1,7 @@
 """Exported folders, recomputed by the library that they are for.
 
-A form is a function that opens a folder and gives the rewards of token ids: the kind in its manifest chooses it from
-`FORMS`. N texts.
+A form is a function that opens a folder, whose base is told where it needs one, and gives rewards of golden texts: the
+kind in its manifest chooses it from `FORMS`. N texts.
 """
 
 from __future__ import annotations
@@ -14,17 +14,49 @@ from typing import Any
 from torch import Tensor
 
 from moreward.checkpoint import sha256_file
-from moreward.errors import RunError
-from moreward.export.merged import NOTE, opened
+from moreward.errors import MorewardError, RunError
+from moreward.export.adapters import opened_adapter
+from moreward.export.merged import opened
+from moreward.export.mixture import opened_mixture
+from moreward.export.parts import NOTE
 from moreward.items import as_text
+from moreward.nn.backbone import directory_sha256
 from moreward.runs import identity, model_folder
 from moreward.scoring import load
 from moreward.verify.checks import Check, Golden, Verified, compared, files_check
 from moreward.verify.run import golden_of
 
-Rewards = Callable[[list[list[int]]], Tensor]
-FORMS: Mapping[str, Callable[[Path], Rewards]] = {"moreward-merged": opened}
-DECIDE = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+Rewards = Callable[[list[Golden]], Tensor]
+
+
+def _merged(folder: Path, base: str) -> Rewards:
+    rewards = opened(folder)
+    return lambda golden: rewards([list(one.ids) for one in golden])
+
+
+def _adapter(folder: Path, base: str) -> Rewards:
+    rewards = opened_adapter(folder, base)
+    return lambda golden: rewards([list(one.ids) for one in golden])
+
+
+def _mixture(folder: Path, base: str) -> Rewards:
+    rewards = opened_mixture(folder)
+    return lambda golden: rewards([list(one.ids) for one in golden], [list(one.prompt_ids) for one in golden])
+
+
+FORMS: Mapping[str, Callable[[Path, str], Rewards]] = {
+    "moreward-merged": _merged,
+    "moreward-peft": _adapter,
+    "moreward-hf": _mixture,
+}
+LIBRARY = {"moreward-peft": "peft"}
+DECIDE = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def kind_of(folder: Path) -> str:
@@ -54,22 +86,32 @@ def verify_exported(folder: Path, *, backbone: str | None = None, against: Path 
         checks.append(Check("rewards", "not computed: a file is not what it was", done=False))
         return Verified(str(folder), kind, tuple(checks), hashes)
     note = read_note(folder)
-    golden, allowed = golden_of_note(note), float(note["allowed"])
+    golden, allowed = golden_of_note(note), float(note["tolerance"])
     if against is not None:
         checks.append(_from_run(note, golden, against, backbone))
-    rewards = FORMS[kind](folder)
-    ids, wanted = [list(one.ids) for one in golden], [one.reward for one in golden]
+    wanted = [one.reward for one in golden]
+    try:
+        rewards = FORMS[kind](folder, _base(folder, note, backbone))
+    except MorewardError as error:
+        checks.append(Check("rewards", "not computed: it cannot be loaded", faults=(str(error),)))
+        return Verified(str(folder), kind, tuple(checks), hashes)
 
-    def computed(texts: list[list[int]]) -> list[float]:
+    def computed(texts: list[Golden]) -> list[float]:
         return [float(value) + note["offset"] for value in rewards(texts)]
 
-    together, alone = computed(ids), [computed([one])[0] for one in ids]
+    together, alone = computed(golden), [computed([one])[0] for one in golden]
     checks += [
-        compared("rewards", f"{len(golden)} golden rewards recomputed by transformers", together, wanted, allowed),
+        compared(
+            "rewards",
+            f"{len(golden)} golden rewards recomputed by {LIBRARY.get(kind, 'transformers')}",
+            together,
+            wanted,
+            allowed,
+        ),
         compared(
             "company",
             "alone and in reverse, against together: the same but for rounding",
-            [*alone, *computed(ids[::-1])[::-1]],
+            [*alone, *computed(golden[::-1])[::-1]],
             together * 2,
             allowed,
             [f"golden text {i} {way}" for way in ("alone", "in reverse") for i in range(len(golden))],
@@ -81,16 +123,36 @@ def verify_exported(folder: Path, *, backbone: str | None = None, against: Path 
 def read_note(folder: Path) -> dict[str, Any]:
     """What an export tells of itself. RunError where an older version wrote it."""
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    if not isinstance(note, dict) or not {"golden", "allowed", "offset", "run", "expert"} <= note.keys():
+    if not isinstance(note, dict) or not {"golden", "tolerance", "offset", "run", "expert"} <= note.keys():
         raise RunError(f"{folder / NOTE}: does not tell what to compare with; export the run again")
     return note
 
 
 def golden_of_note(note: Mapping[str, Any]) -> list[Golden]:
     return [
-        Golden(as_text(one["prompt"]), as_text(one["response"]), one["reward"], {}, tuple(one["ids"]))
+        Golden(
+            as_text(one["prompt"]),
+            as_text(one["response"]),
+            one["reward"],
+            {},
+            tuple(one["ids"]),
+            tuple(one.get("prompt_ids", ())),
+        )
         for one in note["golden"]
     ]
+
+
+def _base(folder: Path, note: Mapping[str, Any], backbone: str | None) -> str:
+    """Where the weights under an adapter are. RunError where they are others than those that it was trained on."""
+    told = note.get("base")
+    if told is None:
+        return ""
+    name = backbone or (str(folder / told["name"]) if (folder / told["name"]).is_dir() else told["name"])
+    found = directory_sha256(name)
+    if told["sha256"] and found != told["sha256"]:
+        state = f"SHA-256 {found[:12]}…" if found else "cannot be found as a directory"
+        raise RunError(f"the base {name!r} is not the one trained on ({state}). Say where it is with --backbone DIR.")
+    return name
 
 
 def _from_run(note: Mapping[str, Any], golden: list[Golden], against: Path, backbone: str | None) -> Check:

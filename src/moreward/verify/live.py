@@ -67,7 +67,7 @@ def verify_live(url: str, *, against: Path | None, route: str = "native", backbo
     if folders:
         note = read_note(folders[0])
         golden, offset = golden_of_note(note), float(note["offset"])
-        limits = {"": [float(note["allowed"])] * len(golden)}
+        limits = {"": [float(note["tolerance"])] * len(golden)}
     else:
         scorer = load(against, device="cpu", backbone=backbone)
         golden, offset = golden_of(scorer), 0.0
