@@ -55,7 +55,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage that a change would train. Pairs longer than allowed are among `pairs`. `seconds` is guessed from a like stage of the parent, None without one."""
+    """A stage that a change would train. Pairs longer than allowed are among `pairs`.
+
+    `seconds` is guessed from a like stage of the parent, None without one."""
 
     stage: str
     pairs: int
