@@ -27,7 +27,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed(name) for name in PACKAGES},
         "load_average": os.getloadavg(),
         "gemm_gflops": _measured_peaks(),
     }
@@ -68,7 +68,7 @@ def _measured_peaks() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DebertaV2Config, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from moreward.nn.backbone import Backbone, last_linear_name, linear_names, quiet, resolve_backbone
 from moreward.nn.lora import LoRABank, parameter_key
@@ -21,6 +27,7 @@ FIRST_ID, LAST_ID = 1000, 7999
 ALPHA_PER_RANK = 2.0
 TARGETS = {
     "minilm": ("query", "key", "value", "dense"),
+    "bert": ("query", "key", "value", "dense"),
     "deberta": ("query_proj", "key_proj", "value_proj", "dense"),
     "qwen2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
@@ -32,10 +39,22 @@ def targets(shape: str) -> list[str]:
 
 
 def config(shape: str) -> PretrainedConfig:
-    """`deberta-xsmall` and `qwen2-512` as published but for the vocabulary; `deberta-tiny` and `qwen2-tiny`, to try
-    a benchmark out."""
+    """`deberta-xsmall`, `deberta-base`, `bert-base`, `qwen2-512` and `qwen2-0.5b` as published but for the vocabulary;
+    those called `tiny`, to try a benchmark out."""
+    if shape.startswith("bert"):
+        hidden, layers, heads = {"bert-base": (768, 12, 12), "bert-tiny": (64, 2, 2)}[shape]
+        return BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * hidden,
+            initializer_range=0.05,
+            num_labels=1,
+        )
     if shape.startswith("deberta"):
-        hidden, layers, heads = {"deberta-xsmall": (384, 12, 6), "deberta-tiny": (64, 2, 2)}[shape]
+        known = {"deberta-xsmall": (384, 12, 6), "deberta-base": (768, 12, 12), "deberta-tiny": (64, 2, 2)}
+        hidden, layers, heads = known[shape]
         return DebertaV2Config(
             vocab_size=VOCABULARY,
             hidden_size=hidden,
@@ -55,14 +74,15 @@ def config(shape: str) -> PretrainedConfig:
             initializer_range=0.05,
             num_labels=1,
         )
-    hidden, layers, heads = {"qwen2-512": (512, 8, 8), "qwen2-tiny": (64, 2, 4)}[shape]
+    known = {"qwen2-512": (512, 8, 8, 1536), "qwen2-0.5b": (896, 24, 14, 4864), "qwen2-tiny": (64, 2, 4, 192)}
+    hidden, layers, heads, inner = known[shape]
     return Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=2,
-        intermediate_size=3 * hidden,
+        intermediate_size=inner,
         max_position_embeddings=2048,
         initializer_range=0.05,
         pad_token_id=0,

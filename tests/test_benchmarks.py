@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from benchmarks import report
+from benchmarks import gpu, report
 from benchmarks.harness import Aim, Case, Contestant, exactness, run, spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,3 +152,37 @@ def test_the_page_shows_the_newest_full_run_only(tmp_path: Path) -> None:
 def test_benchmarks_say_what_they_are() -> None:
     for path in (ROOT / "benchmarks").glob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path.name
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_can_be_tried_out_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--quick", "--rounds", "1", "--seconds", "60", "--out", str(tmp_path)]
+    assert gpu.main(words) == 0
+    records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [r["case"].split()[0].strip(",") for r in records] == ["ARLISS", "deberta-tiny", "qwen2-tiny"]
+    assert all(r["machine"]["device"] == "cpu" and r["machine"]["versions"]["torch"] and r["quick"] for r in records)
+    found = {(r["case"], c["name"]): c for r in records for c in r["contestants"]}
+    assert found["deberta-tiny, 2 adapters", gpu.MIXED].pop("status") == gpu.REFUSED
+    assert {c["status"] for c in found.values() if "status" in c} == {"ok"}
+    assert all(c["per_second"]["median"] > 0 for c in found.values() if "status" in c)
+    exact = [found[r["case"], name] for r in records[1:] for name in (gpu.ONE, gpu.HF, gpu.GROUP)]
+    assert all(c["exactness"]["max_relative_error"] < 1e-5 for c in exact)
+    assert "conversations/s" in capsys.readouterr().out
+
+
+def test_the_benchmark_for_gpus_refuses_what_it_cannot_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert gpu.main(["--device", "cpu"]) == 2
+    assert "only with --quick" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert gpu.main([]) == 2
+        assert "'cuda' is not there" in capsys.readouterr().err
+
+
+def test_a_benchmark_out_of_time_says_so() -> None:
+    import torch
+
+    case = gpu.all_cases(quick=True, device=torch.device("cpu"))[0][2](4)
+    results = gpu.run_case(case, gpu.Clock(torch.device("cpu"), 0), num_rows=4, rounds=1, seconds=0)
+    assert {one["status"] for one in results} == {"not measured: out of time"}

@@ -62,6 +62,8 @@ def test_unknown_keys_in_several_places_are_told_at_once_with_the_nearest_name()
         ({"seed": "many"}, "seed: input should be a valid integer, unable to parse string as an integer (got 'many')"),
         ({"train": {"learning_rate": -1}}, "train.learning_rate: input should be greater than 0 (got -1)"),
         ({"train": {"schedule": "a"}}, "train.schedule: input should be 'linear', 'cosine' or 'constant' (got 'a')"),
+        ({"train": {"device": "gpu"}}, "train.device: must be auto, cpu, cuda or cuda:N with N from 0 (got 'gpu')"),
+        ({"train": {"device": "cuda:-1"}}, "train.device: must be auto, cpu, cuda or cuda:N with N from 0"),
         ({"train": {"batch_size": 0}}, "train.batch_size: input should be greater than or equal to 1 (got 0)"),
         ({"train": {"epochs": 1.5}}, "train.epochs: input should be a valid integer"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction: input should be less than 1 (got 1)"),

@@ -445,4 +445,18 @@ def test_features_that_are_kept_change_no_reward(make: Make, items: list[Convers
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="device: 'foo' is not there; use auto, cpu"):
         pick_device("foo")
+    with pytest.raises(ConfigError, match=r"train\.device: 'cpu:1' is not there"):
+        pick_device("cpu:1", key="train.device")
     assert pick_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="'cuda:0' is not there; use auto, cpu; PyTorch sees no CUDA device"):
+            pick_device("cuda:0")
+
+
+def test_a_device_by_number_is_one_of_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="'cuda:2' is not there; use auto, cpu or cuda, cuda:0 to cuda:1"):
+        pick_device("cuda:2")

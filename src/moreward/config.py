@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from moreward.registry import find_recipe, near
 
 Paths = tuple[str, ...]
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
+DEVICE = r"auto|cpu|cuda(:\d+)?"
 WHOLE = ("domain_map", "tags", "points", "capabilities")
 """Settings that are mappings, and so have no dotted keys of their own."""
 
@@ -82,11 +84,19 @@ class TrainConfig(_Section):
     eval_every: float = Field(0.5, gt=0, description="in epochs")
     patience: int = Field(2, ge=0, description="evaluations without gain before a stage stops; 0 never stops")
     dtype: Literal["fp32", "bf16"] = "fp32"
-    device: Literal["auto", "cpu"] = "auto"
+    device: str = Field("auto", description="auto (the GPU where there is one), cpu, cuda or cuda:N")
     processes: int | None = Field(None, ge=1, description="refuse to run with another number of processes")
     checkpoint_every: int = Field(200, ge=1, description="steps")
     keep_checkpoints: bool = Field(False, description="keep each stage's last checkpoint after the run")
     trackers: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow and others that accelerate knows")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        """Whether it is there is seen when training starts: a configuration may be written on another machine."""
+        if not re.fullmatch(DEVICE, value):
+            raise ValueError("must be auto, cpu, cuda or cuda:N with N from 0")
+        return value
 
 
 class RunConfig(_Section):

@@ -6,6 +6,7 @@ N conversations, P prompts, E experts, K experts used.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moreward.calibration import EVERYONE, Calibration, how_to_get_it, read_calibration, sigmoid
+from moreward.config import DEVICE
 from moreward.data.batches import Encoded, Encoder, conversation_batch, side
 from moreward.errors import AbstainedError, ConfigError, DataError, MorewardError, NonFiniteError, RunError
 from moreward.items import Item, as_conversation, as_text
@@ -698,14 +700,18 @@ def judge_once(system: GatedSystem, batch: Batch, wanted_NJ: Tensor, num_experts
     return reward_M[place_M].view(wanted_NJ.shape)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. ConfigError for a device that is not there."""
-    kind = name.split(":")[0]
-    if kind not in ("auto", "cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(
-            f"device: {name!r} is not there; use auto, cpu{' or cuda' if torch.cuda.is_available() else ''}"
-        )
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+def pick_device(name: str, *, key: str = "device") -> torch.device:
+    """`auto` is the GPU where there is one. ConfigError, under the name of the setting `key`, for a device that is
+    not there."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    known = re.fullmatch(DEVICE, name)
+    if known is None or (name != "cpu" and int((known[1] or ":0")[1:]) >= num_gpus):
+        gpus = " or cuda" + (f", cuda:0 to cuda:{num_gpus - 1}" if num_gpus > 1 else "") if num_gpus else ""
+        why = "" if num_gpus else "; PyTorch sees no CUDA device (a driver? a build of PyTorch with CUDA?)"
+        raise ConfigError(f"{key}: {name!r} is not there; use auto, cpu{gpus}{why}")
+    return torch.device(name)
 
 
 def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:

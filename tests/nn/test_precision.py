@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config
 
 from moreward.nn.backbone import Backbone
@@ -107,3 +108,31 @@ def test_one_more_adapter_changes_no_bit_of_the_others(tiny_backbone, monkeypatc
             before = backbone(ids_NT, mask_NT, torch.tensor([0, 1, 2, 0, 1, 2]))
             backbone.bank.add(f"new at {memory}")
             assert torch.equal(backbone(ids_NT, mask_NT, torch.tensor([0, 1, 2, 0, 1, 2])), before)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the numbers that change their type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype != args[0].dtype and args[0].is_floating_point():
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "llama"])
+def test_a_forward_in_bf16_casts_no_weight(kind, tiny_backbone):
+    backbone = with_bank(Backbone.load(str(tiny_backbone(kind))))
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    with torch.no_grad():
+        backbone(*rows())
+        with Casts() as casts:
+            hidden_ND = backbone(*rows())
+    few = [size for size in casts.sizes if size > hidden_ND.numel()]
+    # What is left: the RMS norms of decoders, which work in fp32 and belong to transformers, and rotary angles.
+    assert len(few) <= (5 * 2 + 2 if kind in ("qwen2", "llama") else 0), casts.sizes

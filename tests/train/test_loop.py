@@ -367,3 +367,22 @@ def test_another_number_of_processes_than_asked_is_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"train\.processes: 2 asked for, 1 running.*torchrun --nproc-per-node 2"):
         make_accelerator(TrainConfig(processes=2, device="cpu"), str(tmp_path))
     assert make_accelerator(TrainConfig(processes=1, device="cpu"), str(tmp_path)).num_processes == 1
+
+
+def test_a_device_that_is_not_there_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match=rf"train\.device: '{name}' is not there; .*no CUDA device"):
+            make_accelerator(TrainConfig(device=name), str(tmp_path))
+
+
+def test_another_device_than_the_process_has_trained_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_accelerator(TrainConfig(device="cpu"), str(tmp_path)).device.type == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"train\.device: 'cuda' is asked for, but this process has trained on cpu"):
+        make_accelerator(TrainConfig(device="cuda"), str(tmp_path))
+    assert make_accelerator(TrainConfig(device="auto"), str(tmp_path)).device.type == "cpu"

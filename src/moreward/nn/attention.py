@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moreward.nn.packing import Run, Stream
+from moreward.nn.varlen import attend_whole, takes
 
 FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -24,6 +25,8 @@ def attend(
 ) -> Tensor:
     """Softmax attention of each token to its own text, shape (T, H·d). `causal`: only to itself and what is before
     it, the prefix that it shares with other texts included. `dropout` is the probability that applies now."""
+    if takes(q_THd, dropout):
+        return attend_whole(q_THd, k_TGd, v_TGd, stream, scale=scale, causal=causal)
     if stream.branches:
         assert causal
         flash = FLASH is not None and FLASH_BACKWARD is not None and q_THd.device.type == "cpu"

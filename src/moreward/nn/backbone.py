@@ -24,6 +24,7 @@ from moreward.nn.features import FeatureScale
 from moreward.nn.linear import speed_up
 from moreward.nn.packing import Stream, Tokens, pack
 from moreward.nn.threads import settle_threads
+from moreward.nn.varlen import without_plans
 
 if TYPE_CHECKING:
     from moreward.nn.features import FeatureStore
@@ -276,7 +277,10 @@ class Backbone(nn.Module):
 
     def encode(self, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None = None) -> Tensor:
         """As `forward`, always computed, and not scaled."""
-        ids_NT, mask_NT = align_left(ids_NT, mask_NT)
+        with without_plans(ids_NT.device):
+            return self._encode(*align_left(ids_NT, mask_NT), adapter_N)
+
+    def _encode(self, ids_NT: Tensor, mask_NT: Tensor, adapter_N: Tensor | None) -> Tensor:
         if self.bank is None:
             adapter_N = None
         if self.family is not None:
@@ -296,9 +300,12 @@ class Backbone(nn.Module):
 
     def read_trunk(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         """`hidden_ND` after the layers below all adapters, normed: what a router can read at their price."""
+        with without_plans(ids_NT.device):
+            return self._read_trunk(*align_left(ids_NT, mask_NT))
+
+    def _read_trunk(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
         assert self.bank is not None
         depth = self.bank.num_trunk_layers
-        ids_NT, mask_NT = align_left(ids_NT, mask_NT)
         if self.family is None:
             base = self.model.base_model if self.pooling == "own" else self.model
             states = base(**self._inputs(ids_NT, mask_NT), output_hidden_states=True).hidden_states  # type: ignore[operator]

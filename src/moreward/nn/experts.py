@@ -6,6 +6,7 @@ N conversations, D hidden, E experts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar, cast
 
@@ -19,6 +20,14 @@ from moreward.nn.sparse import mix
 from moreward.types import Batch, Rewards
 
 Experts = TypeVar("Experts", bound=nn.Module)
+
+
+def rows_by_number(number_N: Tensor) -> list[tuple[int, Tensor]]:
+    """Each number that occurs, ascending, with its rows, ascending. A GPU is waited for once, not for each number."""
+    counts = Counter(number_N.tolist())
+    numbers = sorted(counts)
+    rows = number_N.argsort(stable=True).split([counts[number] for number in numbers])
+    return list(zip(numbers, rows, strict=True))
 
 
 class RewardHead(nn.Module):
@@ -117,10 +126,9 @@ class SeparateExperts(nn.Module):
 
     def forward(self, batch: Batch, expert_N: Tensor) -> Tensor:
         reward_N = batch.ids_NT.new_zeros(len(expert_N), dtype=torch.float32)
-        for e, expert in enumerate(self.experts.values()):
-            index = (expert_N == e).nonzero().squeeze(-1)
-            if len(index):
-                reward_N = reward_N.index_put((index,), expert(batch.rows(index)).reward_N.to(reward_N.dtype))
+        experts = list(self.experts.values())
+        for e, index in rows_by_number(expert_N):
+            reward_N = reward_N.index_put((index,), experts[e](batch.rows(index)).reward_N.to(reward_N.dtype))
         return reward_N
 
     def every_expert(self, batch: Batch) -> Tensor:
@@ -152,11 +160,10 @@ class HeadedExperts(nn.Module):
     def judge(self, hidden_ND: Tensor, expert_N: Tensor) -> Tensor:
         """Standardised `reward_N` of vectors that the experts have read."""
         reward_N: Tensor = hidden_ND.new_zeros(len(expert_N))
-        for e, (name, head) in enumerate(self.heads.items()):
-            index = (expert_N == e).nonzero().squeeze(-1)
-            if len(index):
-                z = self.standardize[name](head(hidden_ND[index]))
-                reward_N = reward_N.index_put((index,), z.to(reward_N.dtype))
+        names = list(self.heads)
+        for e, index in rows_by_number(expert_N):
+            z = self.standardize[names[e]](self.heads[names[e]](hidden_ND[index]))
+            reward_N = reward_N.index_put((index,), z.to(reward_N.dtype))
         return reward_N
 
     def head(self, name: str) -> RewardHead:
@@ -219,8 +226,7 @@ class OwnBackbones(HeadedExperts):
 
     def read(self, batch: Batch, expert_N: Tensor) -> Tensor:
         hidden_ND = torch.zeros(len(batch), self.backbone(0).hidden_size, device=expert_N.device)
-        for task in sorted(set(self.task_E[expert_N].tolist())):
-            index = (self.task_E[expert_N] == task).nonzero().squeeze(-1)
+        for task, index in rows_by_number(self.task_E[expert_N]):
             backbone = self.backbone(task)
             adapter_N = None if backbone.bank is None else self.adapter_E[expert_N[index]]
             said = backbone(batch.ids_NT[index], batch.mask_NT[index], adapter_N)

@@ -101,6 +101,26 @@ class Stream:
         return torch.cat(ranges).to(self.device)
 
     @cached_property
+    def cuts_S1(self) -> Tensor:
+        """Where each segment begins, and where the last ends; int32."""
+        return torch.tensor([*self.starts, self.num_tokens], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def _read(self) -> list[Tensor]:
+        return [self.places(segment) for segment in range(len(self.segments))]
+
+    @cached_property
+    def read_M(self) -> Tensor:
+        """For one segment after another the places of all of its text up to there."""
+        return torch.cat(self._read).to(self.device)
+
+    @cached_property
+    def read_cuts_S1(self) -> Tensor:
+        """As `cuts_S1`, of `read_M`."""
+        stops = torch.tensor([0, *map(len, self._read)]).cumsum(0)
+        return stops.to(device=self.device, dtype=torch.int32)
+
+    @cached_property
     def runs(self) -> list[Run]:
         """Neighbours of one length, whatever their adapters."""
         return self._runs(range(len(self.segments)))
@@ -156,9 +176,15 @@ class Stream:
         """The token that each leaf ends with."""
         return torch.tensor([self._stop(s) - 1 for s in self.leaf_segments], device=self.device)
 
-    @property
+    @cached_property
     def max_length(self) -> int:
+        """Tokens of the longest text."""
         return max(s.position + len(s.tokens) for s in self.segments)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return max(len(s.tokens) for s in self.segments)
 
     def _stop(self, segment: int) -> int:
         return self.starts[segment] + len(self.segments[segment].tokens)

@@ -26,6 +26,7 @@ from moreward.data.batches import EncodedPair, EncodedRated, pair_batch, rated_b
 from moreward.errors import ConfigError, NonFiniteError
 from moreward.nn.experts import Standardize
 from moreward.nn.losses import Outcome, refuse_non_finite
+from moreward.scoring import pick_device
 from moreward.systems._base import Solve, Stage
 from moreward.train.plan import epoch_batches, stable_seed
 from moreward.train.track import MetricsFile, Reporter
@@ -436,10 +437,11 @@ def make_accelerator(config: TrainConfig, folder: str) -> Accelerator:
     """The process group and device; refuses another number of processes than asked, and bf16 without hardware."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    _meet_after_a_restart(on_cpu=config.device == "cpu" or not torch.cuda.is_available())
+    device = _chosen_device(config.device)
+    _meet_after_a_restart(on_cpu=device.type == "cpu")
     try:
         accelerator = Accelerator(
-            cpu=config.device == "cpu",
+            cpu=device.type == "cpu",
             log_with=list(config.trackers) or None,
             project_dir=folder,
             kwargs_handlers=[
@@ -457,6 +459,29 @@ def make_accelerator(config: TrainConfig, folder: str) -> Accelerator:
     if config.dtype == "bf16" and not has_bf16(accelerator.device):
         raise ConfigError(f"train.dtype: bf16 is not there on {accelerator.device}; use fp32")
     return accelerator
+
+
+def _chosen_device(name: str) -> torch.device:
+    """What `train.device` means in this process; `cuda:N` becomes what `cuda` means. ConfigError where it is not
+    there, or another than this process has trained on, for accelerate settles the device once and stays with it."""
+    from accelerate import PartialState
+
+    settled = PartialState._shared_state.get("device")
+    if name == "auto" and settled is not None:
+        return settled  # type: ignore[no-any-return]
+    device = pick_device(name, key="train.device")
+    if settled is not None and settled.type != device.type:
+        raise ConfigError(
+            f"train.device: {name!r} is asked for, but this process has trained on {settled} already; "
+            "start another process"
+        )
+    if device.index is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"train.device: {name!r} is for one process; with several each takes its own GPU: use train.device=cuda"
+            )
+        torch.cuda.set_device(device)
+    return device
 
 
 def _meet_after_a_restart(*, on_cpu: bool) -> None:
