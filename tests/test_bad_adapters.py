@@ -16,13 +16,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from moreward.adapters import Base, base_of, read_adapter, read_adapters
 from moreward.errors import RunError
 from moreward.nn.backbone import Backbone
 from moreward.nn.lora import LoRABank
 from moreward.nn.peft_format import CONFIG, HEAD, ORIGIN, WEIGHTS
+from tiny import make_tokenizer
 
 Get = Callable[[str], Path]
 Damage = Callable[[Path], object]
@@ -158,11 +159,7 @@ def two_labels(tensors: dict[str, Tensor], kind: str) -> None:
 
 
 def another_tokenizer(folder: Path) -> None:
-    """That of its base with one token more."""
-    told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(told["base_model_name_or_path"])
-    tokenizer.add_tokens(["<another>"])
-    tokenizer.save_pretrained(folder)
+    make_tokenizer("gpt2").save_pretrained(folder)
 
 
 # The wording is that of the list which adapters are refused by, the places those of each refusal.
@@ -174,7 +171,7 @@ TWELVE: Sequence[tuple[str, str, tuple[Damage, ...], tuple[str, ...]]] = [
         (config(target_modules=["qkv_proj"]),),
         (CONFIG, "target_modules qkv_proj: no such linear layer"),
     ),
-    ("bad-03", "rank 4 -> 8", (config(r=8),), (CONFIG, "rank 8 and alpha 8, the bank has 4 and 8.0")),
+    ("bad-03", "rank 4 -> 8", (config(r=8),), (CONFIG, "rank 8 and alpha 8", "the bank has 4 and 8.0")),
     ("bad-04", "lora_alpha 1e9", (config(lora_alpha=1e9),), (CONFIG, "alpha 1000000000.0")),
     ("bad-05", "subset of targets", (only_one_target,), (CONFIG, "leave out layers that have weights")),
     ("bad-06", "task_type CAUSAL_LM", (config(task_type="CAUSAL_LM"),), (CONFIG, "task_type 'CAUSAL_LM'")),
@@ -251,10 +248,10 @@ def test_the_trap_of_the_pickle_works(tmp_path: Path) -> None:
 
 def test_all_faults_of_one_adapter_are_told_at_once(shelf: Shelf) -> None:
     damage = (
+        another_tokenizer,
         config(base_model_name_or_path="other/base", r=8, task_type="CAUSAL_LM", use_dora=True, target_modules=["x"]),
         weights(poison),
         weights(two_labels),
-        another_tokenizer_of(shelf.base),
     )
     folder = shelf.copy("all", *damage)
     with pytest.raises(RunError) as refused:
@@ -271,15 +268,6 @@ def test_all_faults_of_one_adapter_are_told_at_once(shelf: Shelf) -> None:
     ):
         assert said in str(refused.value)
     assert all(line.startswith(str(folder)) for line in str(refused.value).splitlines())
-
-
-def another_tokenizer_of(base: Path) -> Damage:
-    def write(folder: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.add_tokens(["<another>"])
-        tokenizer.save_pretrained(folder)
-
-    return write
 
 
 @pytest.mark.parametrize("which", ["base", "tokenizer"])
