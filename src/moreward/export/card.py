@@ -9,6 +9,8 @@ from typing import Any
 from moreward.errors import ConfigError
 from moreward.scoring import Scorer
 
+LIBRARIES = {"moreward-peft": "peft", "moreward-onnx": "onnx"}
+
 
 def read_evaluation(file: Path) -> dict[str, Any]:
     """The evaluation in what `moreward eval --json` printed. ConfigError where the file holds none."""
@@ -29,7 +31,7 @@ def write_card(folder: Path, scorer: Scorer, kind: str, expert: str, evaluation:
     what = f"the expert `{expert}` of" if expert else "all of"
     lines = [
         "---",
-        "library_name: peft" if kind == "moreward-peft" else "library_name: transformers",
+        f"library_name: {LIBRARIES.get(kind, 'transformers')}",
         "pipeline_tag: text-classification",
         "tags:",
         "- reward-model",
