@@ -39,8 +39,8 @@ def export(
 
     if with_code and to != "hf":
         raise ConfigError(f"--with-code: only --to hf has code of its own (got --to {to})")
-    measured = read_evaluation(evaluation) if evaluation else None
     scorer = load(run, backbone=backbone, device="cpu")
+    measured = read_evaluation(evaluation, scorer.identity) if evaluation else None
     library = {"peft": "peft", "onnx": "onnxruntime"}.get(to, "transformers")
     if to == "onnx":
         done = export_onnx(scorer, out, evaluation=measured)

@@ -49,7 +49,7 @@ def export_peft(scorer: Scorer, out: Path, *, evaluation: dict[str, Any] | None 
             folder = temporary / name
             offset = _write(folder, out / name, scorer, part)
             difference = _compare(folder, part)
-            write_card(folder, scorer, KIND, part.expert, evaluation)
+            write_card(folder, scorer, KIND, part.expert, evaluation, offset)
             write_manifest(folder, kind=KIND)
             done.append(Exported(out / name, part.expert, difference, offset))
     return done
