@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -346,3 +348,44 @@ def test_targets_may_be_a_pattern(targets: str, shelf: Shelf) -> None:
             read_adapter(folder, backbone, "code")
     else:
         shelf.check("code", read_adapter(folder, backbone, "code").eval(), backbone)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 99) | st.floats(allow_nan=False) | st.sampled_from(["(", "q_proj", ""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "q_proj"]), inner, max_size=2),
+    max_leaves=4,
+)
+SETTINGS = (
+    *("r", "lora_alpha", "peft_type", "task_type", "base_model_name_or_path", "target_modules", "modules_to_save"),
+    *("exclude_modules", "layers_to_transform", "rank_pattern", "bias", "fan_in_fan_out", "init_lora_weights"),
+)
+
+
+@pytest.fixture(scope="module")
+def one_shelf(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Get) -> Shelf:
+    return Shelf(tiny_backbone("llama"), "llama", tmp_path_factory.mktemp("fuzz") / "adapters")
+
+
+@settings(max_examples=60, deadline=None)
+@given(change=st.dictionaries(st.sampled_from(SETTINGS), VALUES, min_size=1, max_size=3))
+def test_whatever_a_setting_is_there_is_no_other_error(change: dict[str, Any], one_shelf: Shelf) -> None:
+    folder = one_shelf.folder.parent / "fuzz" / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(one_shelf.folder / "code", folder)
+    config(**change)(folder)
+    backbone = one_shelf.backbone()
+    found = read_adapters(folder.parent, backbone)
+    if "fuzzed" in found.heads:
+        one_shelf.models["fuzzed"] = one_shelf.models["code"]
+        one_shelf.check("fuzzed", found.heads["fuzzed"].eval(), backbone)
+    else:
+        assert all(fault.startswith(str(folder)) for fault in found.refused["fuzzed"])
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 32, 1), (0, 32)])
+def test_a_head_of_any_other_shape_is_refused(shape: tuple[int, ...], shelf: Shelf) -> None:
+    def change(tensors: dict[str, Tensor], kind: str) -> None:
+        tensors[f"{HEADS[kind]}.weight"] = torch.zeros(shape)
+
+    with pytest.raises(RunError, match="a reward is one label of width 32"):
+        read_adapter(shelf.copy("shape", weights(change)), shelf.backbone(), "x")

@@ -305,8 +305,8 @@ class _Reading:
         elif weight.shape != last.weight.shape or bias.shape != last.bias.shape:
             self.fault(
                 WEIGHTS,
-                f"the head {layer!r} has {len(weight)} labels of width {weight.shape[-1]} and {len(bias)} biases; a "
-                f"reward is one label of width {self.backbone.hidden_size}",
+                f"the head {layer!r} has {_size(weight, 0)} labels of width {_size(weight, 1)} and {_size(bias, 0)} "
+                f"biases; a reward is one label of width {self.backbone.hidden_size}",
             )
         else:
             last.weight.copy_(weight)
@@ -348,7 +348,7 @@ class _Reading:
 
     def _read_pairs(self, config: Mapping[str, Any], tensors: dict[str, Tensor], path: str) -> None:
         """A and B of every layer of the bank, taken out of `tensors`; zeros where the adapter leaves a layer alone."""
-        saved = config.get("modules_to_save") or []
+        saved = self._names(config, "modules_to_save")
         whole = [m for m in self.bank.shapes if _is_saved(path + m, saved)]
         declared = self._declared(config, path) - set(whole)
         empty, undeclared, misshapen = [], [], []
@@ -387,16 +387,14 @@ class _Reading:
 
     def _declared(self, config: Mapping[str, Any], path: str) -> set[str]:
         """The layers that peft would put this adapter on, by our names."""
-        targets, names = config.get("target_modules"), linear_names(self.backbone.model)
-        if not isinstance(targets, str | list) or not targets:
-            self.fault(CONFIG, f"target_modules {targets!r}: a list of names or a pattern is needed")
+        names, told = linear_names(self.backbone.model), config.get("target_modules")
+        if not told:
+            self.fault(CONFIG, f"target_modules {told!r}: a list of names or a pattern is needed")
             return set()
-        each = [targets] if isinstance(targets, str) else [str(target) for target in targets]
-        is_pattern = isinstance(targets, str) and targets != "all-linear"
         found: set[str] = set()
         unknown = []
-        for target in each:
-            hits = {n for n in names if target == "all-linear" or _matches(path + n, target, is_pattern=is_pattern)}
+        for target in self._names(config, "target_modules"):
+            hits = {n for n in names if self._matches(path + n, target, is_pattern=isinstance(told, str))}
             found |= hits
             if not hits and target != self.backbone.last_linear:
                 unknown.append(target)
@@ -406,16 +404,35 @@ class _Reading:
                 CONFIG,
                 f"target_modules {_some(unknown)}: no such linear layer in the base, which has {', '.join(ends)}",
             )
-        left_out = config.get("exclude_modules") or []
-        excluded = [left_out] if isinstance(left_out, str) else left_out
-        found -= {
-            n for n in found if any(_matches(path + n, x, is_pattern=isinstance(left_out, str)) for x in excluded)
-        }
+        is_pattern = isinstance(config.get("exclude_modules"), str)
+        for one in self._names(config, "exclude_modules"):
+            found -= {n for n in found if self._matches(path + n, one, is_pattern=is_pattern)}
         layers = config.get("layers_to_transform")
         if layers is None:
             return found
-        wanted = {layers} if isinstance(layers, int) else set(layers)
+        wanted = layers if isinstance(layers, list) else [layers]
+        if not all(type(one) is int for one in wanted):
+            self.fault(CONFIG, f"layers_to_transform {layers!r}: a number or a list of numbers is needed")
         return {n for n in found if (match := re.search(r"\.(\d+)\.", f".{n}")) and int(match[1]) in wanted}
+
+    def _names(self, config: Mapping[str, Any], key: str) -> list[str]:
+        """A setting that is a name, a pattern or a list of names; empty where it is not set."""
+        value = config.get(key)
+        each = [value] if isinstance(value, str) else value or []
+        if not isinstance(each, list) or not all(isinstance(one, str) for one in each):
+            self.fault(CONFIG, f"{key} {value!r}: a list of names is needed")
+            return []
+        return each
+
+    def _matches(self, name: str, target: str, *, is_pattern: bool) -> bool:
+        if target == "all-linear":
+            return True
+        if not is_pattern:
+            return name == target or name.endswith(f".{target}")
+        try:
+            return re.fullmatch(target, name) is not None
+        except re.error:  # matches nothing, which is told
+            return False
 
     def _taken_apart(self, whole: Tensor | None, module: str) -> Pair:
         """A and B of a layer that travelled merged: its difference from ours, which has the adapter's rank."""
@@ -444,10 +461,8 @@ class _Reading:
         return own is not None and torch.equal(own, value)
 
 
-def _matches(name: str, target: str, *, is_pattern: bool) -> bool:
-    if is_pattern:
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")
+def _size(tensor: Tensor, axis: int) -> int:
+    return tensor.shape[axis] if axis < tensor.dim() else 0
 
 
 def _is_saved(name: str, saved: Iterable[str]) -> bool:
