@@ -156,7 +156,10 @@ def evaluate(
         correct = {name: r.correct for name, r in results.items()}
         comparison = compare_systems(correct, groups, domains, baseline=base)
     if as_json:
-        told: dict[str, Any] = {"evaluation": result.evaluation.to_json(), "routing": result.routing.to_json()}
+        from moreward.runs import identity, model_folder
+
+        told: dict[str, Any] = {"run": {"folder": str(run), "model": identity(model_folder(run))}}
+        told |= {"evaluation": result.evaluation.to_json(), "routing": result.routing.to_json()}
         told |= {"too_long": dict(result.too_long), "calibration": result.calibration}
         told |= {"comparison": comparison.to_json()} if comparison else {}
         told |= {"diversity": result.diversity.to_json()} if result.diversity else {}

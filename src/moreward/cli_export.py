@@ -16,8 +16,10 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("--out", help="A new folder.", show_default=False)],
     to: Annotated[
-        Literal["merged", "peft", "hf"],
-        typer.Option("--to", help="merged: a plain classifier per expert; peft: an adapter each; hf: the mixture."),
+        Literal["merged", "peft", "hf", "onnx"],
+        typer.Option(
+            "--to", help="merged: a plain classifier per expert; peft: an adapter each; hf, onnx: the mixture."
+        ),
     ] = "merged",
     with_code: Annotated[
         bool, typer.Option("--with-code", help="hf: put the model's code beside it, for trust_remote_code=True.")
@@ -32,13 +34,17 @@ def export(
     from moreward.export.card import read_evaluation
     from moreward.export.merged import export_merged
     from moreward.export.mixture import export_hf
+    from moreward.export.onnx_graph import export_onnx
     from moreward.scoring import load
 
     if with_code and to != "hf":
         raise ConfigError(f"--with-code: only --to hf has code of its own (got --to {to})")
-    measured = read_evaluation(evaluation) if evaluation else None
-    scorer, library = load(run, backbone=backbone, device="cpu"), "peft" if to == "peft" else "transformers"
-    if to == "hf":
+    scorer = load(run, backbone=backbone, device="cpu")
+    measured = read_evaluation(evaluation, scorer.identity) if evaluation else None
+    library = {"peft": "peft", "onnx": "onnxruntime"}.get(to, "transformers")
+    if to == "onnx":
+        done = export_onnx(scorer, out, evaluation=measured)
+    elif to == "hf":
         done = export_hf(scorer, out, with_code=with_code, evaluation=measured)
     else:
         done = (export_merged if to == "merged" else export_peft)(scorer, out, evaluation=measured)

@@ -1,4 +1,4 @@
-"""Finished runs made into one: `moreward ensemble`, `merge`, `fold`, `distil`, and `price`."""
+"""Runs made of what is finished: `moreward ensemble`, `merge`, `fold`, `distil`, `adopt`, and `price`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Truncate = Annotated[bool, typer.Option("--truncate", help="Cut what is too long
 
 
 def add_commands(app: typer.Typer) -> None:
-    for command in (ensemble, merge, fold, distil, price):
+    for command in (ensemble, merge, fold, distil, adopt, price):
         app.command()(command)
 
 
@@ -97,6 +97,29 @@ def merge(
     for parent in made.parents_below:
         typer.echo(f"warning: half way from {parent} is worse than both ends: these weights do not average", err=True)
     typer.echo(f"merged: {made.run}\nnext:   moreward eval {made.run} --data TEST.jsonl --baseline {runs[0]}")
+
+
+def adopt(
+    run: Run,
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="ADAPTERS", help="A folder of PEFT adapters, named as experts.", show_default=False),
+    ],
+    out: NewRun,
+    backbone: BackboneDir = None,
+) -> None:
+    """Give experts the adapters of a folder, in a new run; what does not fit is refused and the old expert stays."""
+    from moreward.growth.adopt import adopt as adopt_adapters
+
+    made = adopt_adapters(run, folder, out=out, backbone=backbone)
+    for name, faults in sorted(made.refused.items()):
+        typer.echo("\n".join([f"refused: {name}", *(f"    {fault}" for fault in faults)]), err=True)
+    typer.echo(f"adopted: {', '.join(made.experts)}; every other expert and the router stay as they were")
+    typer.echo(
+        f"run:     {made.run}  (the old run is untouched)\nnext:    moreward calibrate {made.run} --data VAL.jsonl"
+    )
+    if made.refused:
+        raise typer.Exit(1)
 
 
 def fold(

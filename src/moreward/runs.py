@@ -27,7 +27,7 @@ import torch
 from moreward.calibration import Calibration, calibration_faults, write_calibration
 from moreward.checkpoint import fsync_path, sha256_file, space_errors, verify_folder, write_json, write_manifest
 from moreward.config import resolve
-from moreward.data.batches import Encoder
+from moreward.data.batches import Encoder, tokenizer_sha256
 from moreward.errors import RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.peft_format import write_adapter
@@ -87,10 +87,12 @@ def _write_files(temporary: Path, system: System, encoder: Encoder, card: dict[s
     backbone.config.save_pretrained(temporary / "backbone")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in system.saved_tensors().items()}
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    origin = {"base_sha256": card["backbone"]["sha256"], "tokenizer_sha256": tokenizer_sha256(encoder.tokenizer)}
     for name, (head, standardize) in system.adapter_experts().items():
         # Each expert is usable alone by plain PEFT; the router's adapter, which has no reward, stays in the model file.
         folder = temporary / "experts" / name
-        write_adapter(folder, backbone, name, head, standardize, _seen_from(folder, card["backbone"]["name"]))
+        base = _seen_from(folder, card["backbone"]["name"])
+        write_adapter(folder, backbone, name, head, standardize, base, origin)
     write_json(temporary / CARD, {"schema": SCHEMA, **card})
     write_manifest(temporary, kind="moreward-model")
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from moreward.adapters import read_adapter
 from moreward.errors import RunError
 from moreward.nn.backbone import Backbone
 from moreward.nn.experts import RewardHead
 from moreward.nn.lora import LoRABank
-from moreward.nn.peft_format import CALIBRATION, CONFIG, HEAD, WEIGHTS, read_adapter, write_adapter
+from moreward.nn.peft_format import CALIBRATION, CONFIG, HEAD, WEIGHTS, write_adapter
 from moreward.registry import find_recipe
 from moreward.systems._base import System
 from tiny import KINDS
@@ -226,14 +227,26 @@ def test_an_adapter_with_one_matrix_lost_is_refused(
 
 
 @torch.no_grad()
-def test_an_adapter_of_fewer_layers_leaves_the_others_alone(write: Callable[..., Written]) -> None:
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ({"layers_to_transform": [1]}, "layers.0."),
+        ({"target_modules": ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}, "q_proj"),
+    ],
+)
+def test_an_adapter_that_says_it_has_fewer_layers_leaves_the_others_alone(
+    said: dict[str, Any], lost: str, write: Callable[..., Written]
+) -> None:
     written = write("llama")
-    folder = damaged(written, edit_weights(lambda t: [t.pop(k) for k in list(t) if "q_proj" in k]))
+    folder = damaged(written, edit_weights(lambda t: [t.pop(k) for k in list(t) if lost in k]))
+    with pytest.raises(RunError, match="declare layers without weights"):
+        read_adapter(folder, bank_without_adapters(written), "x")
+    edit_config(**said)(folder)
     backbone = bank_without_adapters(written)
     read_adapter(folder, backbone, "x")
     assert backbone.bank is not None
     for module in backbone.bank.shapes:
-        assert bool(backbone.bank.merged_delta("x", module).any()) == ("q_proj" not in module)
+        assert bool(backbone.bank.merged_delta("x", module).any()) == (lost not in f"{module}.")
 
 
 @pytest.mark.parametrize(("kind", "pooling"), [("bert", "mean"), ("gpt2", "first")])

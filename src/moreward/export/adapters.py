@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moreward.checkpoint import write_json, write_manifest
+from moreward.data.batches import tokenizer_sha256
 from moreward.errors import ConfigError, MissingExtraError
 from moreward.export.card import write_card
 from moreward.export.merged import Exported
@@ -48,7 +49,7 @@ def export_peft(scorer: Scorer, out: Path, *, evaluation: dict[str, Any] | None 
             folder = temporary / name
             offset = _write(folder, out / name, scorer, part)
             difference = _compare(folder, part)
-            write_card(folder, scorer, KIND, part.expert, evaluation)
+            write_card(folder, scorer, KIND, part.expert, evaluation, offset)
             write_manifest(folder, kind=KIND)
             done.append(Exported(out / name, part.expert, difference, offset))
     return done
@@ -86,7 +87,11 @@ def _write(folder: Path, final: Path, scorer: Scorer, part: Part) -> float:
     base = os.path.relpath(Path(name).resolve(), final.resolve()) if Path(name).is_dir() else name
     if folder.is_dir():  # the only expert of a run has the whole folder, which is there already
         folder.rmdir()
-    write_adapter(folder, part.backbone, part.adapter, part.head, part.standardize, base)
+    origin = {
+        "base_sha256": scorer.card["backbone"]["sha256"],
+        "tokenizer_sha256": tokenizer_sha256(scorer.encoder.tokenizer),
+    }
+    write_adapter(folder, part.backbone, part.adapter, part.head, part.standardize, base, origin)
     offset = float(json.loads((folder / CALIBRATION).read_text(encoding="utf-8"))["offset"])
     told = note(scorer, part, KIND, offset)
     told["base"] = {"name": base, "sha256": scorer.card["backbone"]["sha256"]}

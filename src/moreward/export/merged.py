@@ -55,7 +55,7 @@ def export_merged(scorer: Scorer, out: Path, *, evaluation: dict[str, Any] | Non
             name = "" if alone else part.name
             offset = _write(temporary / name, scorer, part)
             difference = _compare(temporary / name)
-            write_card(temporary / name, scorer, KIND, part.expert, evaluation)
+            write_card(temporary / name, scorer, KIND, part.expert, evaluation, offset)
             write_manifest(temporary / name, kind=KIND)
             done.append(Exported(out / name, part.expert, difference, offset))
     return done

@@ -54,7 +54,7 @@ def export_hf(
     Nothing is left behind unless the directory, loaded anew, gives the golden rewards again. ConfigError for recipes
     and settings that the class does not compute, before anything is written; RunError where rewards differ.
     """
-    parts, router = _mixture_of(scorer)
+    parts, router = mixture_of(scorer, "hf")
     need_golden(scorer)
     with new_folder(out) as temporary:
         tokenizer, prompt_end = _tokenizer(scorer)
@@ -64,45 +64,51 @@ def export_hf(
         with quiet():
             model.save_pretrained(temporary)
         _finish_config(temporary, with_code=with_code)
-        write_json(temporary / NOTE, _note(scorer, parts))
+        write_json(temporary / NOTE, mixture_note(scorer, parts, KIND))
         difference = _compare(temporary)
         write_card(temporary, scorer, KIND, "", evaluation)
         write_manifest(temporary, kind=KIND)
     return [Exported(out, "", difference, 0.0)]
 
 
-def _mixture_of(scorer: Scorer) -> tuple[list[Part], PromptRouter]:
-    """Experts and router. ConfigError for what the class does not compute."""
+def mixture_of(scorer: Scorer, to: str) -> tuple[list[Part], PromptRouter]:
+    """Experts and router. ConfigError for what the class does not compute; `to` is the form that was asked for."""
     system = scorer.system
     routed = system.routed if isinstance(system, GatedSystem) else None
     router = routed.router if type(routed) is Routed else None
     if type(router) is not PromptRouter or type(router.router) is not TopKRouter:
         raise ConfigError(
-            f"export: --to hf writes mixtures with a router over whole experts, arliss and rodos (this run is "
+            f"export: --to {to} writes mixtures with a router over whole experts, arliss and rodos (this run is "
             f"{scorer.card['recipe']!r}). A single model leaves as --to merged."
         )
     parts = parts_of(system)
     if router.reads_trunk:
-        raise ConfigError("export: --to hf needs a router that reads the backbone (router_reads=trunk in this run)")
+        raise ConfigError(f"export: --to {to} needs a router that reads the backbone (router_reads=trunk in this run)")
+    check_parts(parts)
+    return parts, router
+
+
+def check_parts(parts: list[Part]) -> None:
+    """ConfigError for experts that the class does not compute."""
     for backbone in {id(part.backbone): part.backbone for part in parts}.values():
         if backbone.pooling == "spans":
             raise ConfigError("export: pooling 'spans' is computed by no class of transformers; use own, mean or first")
         if backbone.bank is not None and backbone.bank.active_tokens is not None:
             raise ConfigError("export: adapters that act on the last tokens only (active_tokens) stay here")
-    return parts, router
 
 
 @torch.no_grad()
 def mixture_model(
-    scorer: Scorer, parts: list[Part], router: PromptRouter, prompt_end: int
+    scorer: Scorer, parts: list[Part], router: PromptRouter | None, prompt_end: int
 ) -> MorewardForSequenceClassification:
-    """The plain model with the run's weights, zeros and units folded into the heads."""
-    first, gate = parts[0].backbone, router.router
-    assert isinstance(gate, TopKRouter)
+    """The plain model with the run's weights, zeros and units folded into the heads. Without a router its gate says
+    nothing."""
+    first, gate = parts[0].backbone, router.router if router is not None else None
     bank = first.bank
     base = copy.deepcopy(first.config)
     base.num_labels = 1
-    separate = any(part.backbone is not first for part in parts) or router.backbone is not first
+    separate = any(part.backbone is not first for part in parts)
+    separate |= router is not None and router.backbone is not first
     config = MorewardConfig(
         base=base.to_dict(),
         experts=[part.expert for part in parts],
@@ -113,7 +119,7 @@ def mixture_model(
         targets=[] if bank is None else [_in_classifier(first, module) for module in bank.shapes],
         rank=0 if bank is None else bank.rank,
         scale=1.0 if bank is None else bank.scale,
-        experts_per_prompt=gate.top_k,
+        experts_per_prompt=gate.top_k if isinstance(gate, TopKRouter) else 1,
         position_offset=first._position_offset(),
         max_tokens=scorer.encoder.max_length,
         prompt_end=prompt_end,
@@ -121,16 +127,19 @@ def mixture_model(
     )
     with torch.random.fork_rng(devices=[]):
         model = MorewardForSequenceClassification(config)
-    backbones = [*(part.backbone for part in parts), router.backbone] if separate else [first]
+    backbones = [part.backbone for part in parts] if separate else [first]
+    if separate and router is not None:
+        backbones.append(router.backbone)
     for plain, backbone in zip(model.models, backbones, strict=True):
         _fill(plain, backbone)
     for head, part in zip(model.heads, parts, strict=True):
         _fill_head(head, part)
-    model.gate.weight.copy_(gate.gate.weight)
-    model.gate.bias.copy_(gate.gate.bias)
+    if isinstance(gate, TopKRouter):
+        model.gate.weight.copy_(gate.gate.weight)
+        model.gate.bias.copy_(gate.gate.bias)
     if bank is not None:
         names = [str(part.adapter) for part in parts]
-        router_name = bank.names[router.adapter] if router.adapter is not None else ""
+        router_name = bank.names[router.adapter] if router is not None and router.adapter is not None else ""
         for adapter, name in zip(model.adapters, [*names, router_name], strict=True):
             _fill_adapter(adapter, bank, first, name)
     model.train(False)
@@ -198,14 +207,15 @@ def _finish_config(folder: Path, *, with_code: bool) -> None:
     write_json(file, config)
 
 
-def _note(scorer: Scorer, parts: list[Part]) -> dict[str, Any]:
+def mixture_note(scorer: Scorer, parts: list[Part], kind: str) -> dict[str, Any]:
+    """What `moreward.json` of a whole mixture, or of a single model, holds."""
     golden = []
     for one in scorer.card["golden"]:
         tokens = encoded(scorer, one)
         told = {key: one[key] for key in ("prompt", "response", "reward", "experts")}
         golden.append({**told, "ids": list(tokens.ids), "prompt_ids": list(tokens.prompt_ids)})
     return {
-        "kind": KIND,
+        "kind": kind,
         "recipe": scorer.card["recipe"],
         "expert": "",
         "experts": [part.expert for part in parts],

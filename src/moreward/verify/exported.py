@@ -18,6 +18,7 @@ from moreward.errors import MorewardError, RunError
 from moreward.export.adapters import opened_adapter
 from moreward.export.merged import opened
 from moreward.export.mixture import opened_mixture
+from moreward.export.onnx_graph import opened_graph
 from moreward.export.parts import NOTE
 from moreward.items import as_text
 from moreward.nn.backbone import directory_sha256
@@ -44,15 +45,22 @@ def _mixture(folder: Path, base: str) -> Rewards:
     return lambda golden: rewards([list(one.ids) for one in golden], [list(one.prompt_ids) for one in golden])
 
 
+def _graph(folder: Path, base: str) -> Rewards:
+    rewards = opened_graph(folder)
+    return lambda golden: rewards([list(one.ids) for one in golden], [list(one.prompt_ids) for one in golden])
+
+
 FORMS: Mapping[str, Callable[[Path, str], Rewards]] = {
     "moreward-merged": _merged,
     "moreward-peft": _adapter,
     "moreward-hf": _mixture,
+    "moreward-onnx": _graph,
 }
-LIBRARY = {"moreward-peft": "peft"}
+LIBRARY = {"moreward-peft": "peft", "moreward-onnx": "onnxruntime"}
 DECIDE = (
     "model.safetensors",
     "adapter_model.safetensors",
+    "model.onnx",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
