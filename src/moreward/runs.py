@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ def read_card(folder: Path) -> dict[str, Any]:
     if card.get("schema") != SCHEMA:
         raise RunError(f"{folder / CARD}: schema {card.get('schema')!r} is not {SCHEMA}; written by another version?")
     return dict(card)
+
+
+def changes_of(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How the model came to be from the first one of its line, the oldest change first: `kind`, `domain`, `data`,
+    `shape` of each. Runs of earlier versions could only be extended, and say so under `additions`."""
+    added = [{"kind": "extend", "shape": None, **addition} for addition in card.get("additions", [])]
+    return [*added, *card.get("changes", [])]
 
 
 def write_model(

@@ -21,9 +21,10 @@ from moreward.items import as_text
 from moreward.nn.backbone import Backbone
 from moreward.nn.losses import PairwiseLoss
 from moreward.registry import find_recipe
+from moreward.runs import changes_of
 from moreward.scoring import Scorer, load
 from moreward.systems._base import GatedSystem, Stage, expert_names
-from moreward.train.runner import Pairs, Work, left_to, make_encoder, open_run, read_pairs, settled
+from moreward.train.runner import Pairs, Work, left_to, make_encoder, open_run, read_pairs, refuse_taken, settled
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference
 
@@ -41,7 +42,8 @@ BETWEEN: Mapping[Kind, str] = {"extend": "+", "replace": "+new-", "remove": "-"}
 class Change:
     """A new run made from an old one. `old_val` are held-out pairs of the domains whose experts stay, `new_val` of the
     one that was trained, `golden_difference` the largest change of any golden reward of an expert that stays (0 means
-    not a bit moved), over `num_golden` rewards."""
+    not a bit moved), over `num_golden` rewards; None where there are none, and nothing was compared. `mixes` says how
+    a domain's rewards can move although its expert does not."""
 
     kind: Kind
     run: Path
@@ -49,8 +51,9 @@ class Change:
     domain: str
     old_val: list[Preference]
     new_val: list[Preference]
-    golden_difference: float
+    golden_difference: float | None
     num_golden: int
+    mixes: str
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def _begin(
     config = _config(old, out or f"{parent}{BETWEEN[kind]}{expert_names([domain])[0]}", backbone, changes or {})
     if truncate:
         config = config.model_copy(update={"data": config.data.model_copy(update={"on_long": "truncate"})})
+    refuse_taken(config)
     change = {"kind": kind, "domain": domain, "data": list(data), "shape": shape}
     needed = [d for d in card["domains"] if kind == "extend" or d != domain]
     pairs = _changed(_old_pairs(old, card, old_data, needed), old, change)
@@ -166,7 +170,7 @@ def _begin(
         config=config,
         domains=domains,
         pairs=pairs,
-        changes=[*card.get("changes", []), change],
+        changes=[*changes_of(card), change],
         may_judge_old=not old_data or bool(old.data.val),  # without files of their own, they were trained on
     )
 
@@ -209,7 +213,17 @@ def _carry_out(begun: _Begun, options: Mapping[str, Any]) -> Change:
     val = [p for p in begun.pairs.val if p.token_ids is None and not p.capability]
     new_val = [p for p in val if p.domain == domain]
     old_val = [p for p in val if p.domain != domain] if begun.may_judge_old else []
-    return Change(begun.kind, Path(config.out), begun.parent, domain, old_val, new_val, difference, num_golden)
+    return Change(
+        kind=begun.kind,
+        run=Path(config.out),
+        parent=begun.parent,
+        domain=domain,
+        old_val=old_val,
+        new_val=new_val,
+        golden_difference=difference,
+        num_golden=num_golden,
+        mixes=system.mixes,
+    )
 
 
 def _system(begun: _Begun, backbone: Backbone) -> GatedSystem:
@@ -259,7 +273,7 @@ def _old_pairs(old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str],
     if old_data:
         check_domains(pairs.train, card["domains"])
     else:
-        for change in card.get("changes", []):
+        for change in changes_of(card):
             pairs = _changed(pairs, old, change)
         if pairs.sha256() != card["data"]["data_sha256"]:
             raise RunError(
@@ -320,14 +334,14 @@ def carry_over(new: Mapping[str, Tensor], old: Mapping[str, Tensor], kept: Seque
             (target if target.dim() == 0 else target[: len(rows)]).copy_(rows)
 
 
-def _golden_difference(before: Scorer, after: Scorer, experts: Sequence[str]) -> tuple[float, int]:
+def _golden_difference(before: Scorer, after: Scorer, experts: Sequence[str]) -> tuple[float | None, int]:
     items = [_item(g) for g in before.card["golden"]]
     pairs = [
         (then["experts"][e], now["experts"][e])
         for then, now in zip(before.golden(items), after.golden(items), strict=True)
         for e in experts
     ]
-    return max((abs(a - b) for a, b in pairs), default=0.0), len(pairs)
+    return max((abs(a - b) for a, b in pairs), default=None), len(pairs)
 
 
 def _item(golden: Mapping[str, Any]) -> Any:

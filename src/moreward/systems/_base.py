@@ -230,6 +230,8 @@ class GatedSystem(System):
     """
 
     routed: Routed[Any]
+    mixes: ClassVar[str] = "by the router, which sends prompts to other experts or weighs them otherwise"
+    """How a domain's rewards can move in a change in which its expert does not."""
 
     @property
     def expert_labels(self) -> tuple[str, ...]:

@@ -233,8 +233,7 @@ def open_run(config: RunConfig) -> Iterator[Path]:
     if not config.out:
         raise ConfigError("out: is required: the folder of the run, e.g. out=runs/a")
     run = Path(config.out)
-    if (run / "model" / "moreward.json").exists():
-        raise RunError(f"{run}: holds a finished run. Choose another out, or remove the folder to train it again.")
+    refuse_taken(config)
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
@@ -245,6 +244,26 @@ def open_run(config: RunConfig) -> Iterator[Path]:
             _hold(lock, run)
             _settle_config(config, run)
         yield run
+
+
+def refuse_taken(config: RunConfig) -> None:
+    """RunError where the run folder holds a finished run, or an unfinished one of another configuration."""
+    run = Path(config.out)
+    if (run / "model" / "moreward.json").exists():
+        raise RunError(f"{run}: holds a finished run. Choose another out, or remove the folder to train it again.")
+    if (stored := _begun_with(run)) and (differs := differences(stored, config)):
+        raise RunError(
+            f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
+            "Start it with the old one, choose another out, or remove the folder."
+        )
+
+
+def _begun_with(run: Path) -> dict[str, Any] | None:
+    """The configuration of a run that goes on; None where nothing is trained yet: a kill may have cut the file."""
+    stored = run / "config.yaml"
+    if not (stored.exists() and (run / "checkpoints").exists()):
+        return None
+    return dict(yaml.safe_load(stored.read_text(encoding="utf-8")))
 
 
 def is_main_process() -> bool:
@@ -261,14 +280,11 @@ def _hold(lock: TextIO, run: Path) -> None:
 
 
 def _settle_config(config: RunConfig, run: Path) -> None:
-    stored = run / "config.yaml"
-    if not (stored.exists() and (run / "checkpoints").exists()):  # nothing is trained yet; a kill may have cut the file
-        stored.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    elif differs := differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config):
-        raise RunError(
-            f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
-            "Start it with the old one, choose another out, or remove the folder."
-        )
+    if _begun_with(run) is None:
+        told = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (run / "config.yaml").write_text(told, encoding="utf-8")
+    else:
+        refuse_taken(config)  # another process may have begun it since
 
 
 def differences(stored: Mapping[str, Any], config: RunConfig) -> list[str]:
