@@ -144,8 +144,11 @@ def _say(made: Change, truncate: bool, backbone: str | None) -> None:
     from moreward.report import render_change
 
     typer.echo(_golden_words(made))
+    if made.replayed is not None:
+        right = ", ".join(f"{d} {100 * a:.1f}%" for d, a in made.replayed["held_out_router_accuracy"].items())
+        typer.echo(f"gate refitted without the old data; right on held-out prompts: {right or 'none are kept'}")
     if not made.old_val:
-        typer.echo("No held-out pairs of the old domains are known with --old-data; they are not in the table.")
+        typer.echo("No held-out pairs of the old domains are at hand; they are not in the table.")
     if pairs := [*made.old_val, *made.new_val]:
         before, after = (
             measured(load_scorer(run, truncate=truncate, backbone=backbone), pairs) for run in (made.parent, made.run)

@@ -499,10 +499,8 @@ def render_change(
     beyond = [name for name in lost if gains[name].interval.high < 0]
     words = "No old domain lost accuracy on these pairs."
     if lost:
-        doubt = f"beyond the interval:{_listed(beyond)}" if beyond else "none of them beyond its interval"
-        words = (
-            f"Old domains that lost accuracy:{_listed(lost)}; {doubt}. Their experts are the same; it comes {mixes}."
-        )
+        doubt = f"beyond the interval{_listed(beyond)}" if beyond else "none of them beyond its interval"
+        words = f"Old domains that lost accuracy{_listed(lost)}: {doubt}. Their experts are the same; it comes {mixes}."
     routers = ["Before:", *_router_words(before.routing), "After:", *_router_words(after.routing)]
     return terminal_text([], [table], [words, *routers])
 

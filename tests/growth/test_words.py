@@ -80,7 +80,7 @@ def test_what_moved_old_domains_is_told_as_it_is_for_the_recipe(recipe: str) -> 
     gains = gains_by_domain(before_B, after_B, pairs)
     mixes = find_recipe(recipe).mixes  # type: ignore[attr-defined]
     said = " ".join(render_change(*sides, gains, "d1", word="new", mixes=mixes).split())
-    assert "Old domains that lost accuracy: d0; beyond the interval: d0." in said
+    assert "Old domains that lost accuracy (d0): beyond the interval (d0)." in said
     assert ("by the router" in said, "by the gate" in said) == (recipe == "arliss", recipe == "shared_expert")
     nothing = gains_by_domain(before_B, before_B, pairs)
     said = " ".join(render_change(sides[0], sides[0], nothing, "d1", word="new", mixes=mixes).split())

@@ -16,12 +16,13 @@ from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
 from moreward.data.load import assert_no_leak, check_domains, load_preferences
 from moreward.data.split import not_held_out, split_by_group
-from moreward.errors import ConfigError, RunError
+from moreward.errors import ConfigError, MorewardError, RunError
 from moreward.items import as_text
 from moreward.nn.backbone import Backbone
 from moreward.nn.losses import PairwiseLoss
+from moreward.nn.replay import Replay
 from moreward.registry import find_recipe
-from moreward.runs import changes_of
+from moreward.runs import changes_of, read_replay
 from moreward.scoring import Scorer, load
 from moreward.systems._base import GatedSystem, Stage, expert_names
 from moreward.train.runner import Pairs, Work, left_to, make_encoder, open_run, read_pairs, refuse_taken, settled
@@ -54,6 +55,8 @@ class Change:
     golden_difference: float | None
     num_golden: int
     mixes: str
+    replayed: Mapping[str, Any] | None
+    """What the gate's fit says of itself where the old data was not at hand."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,26 @@ class _Begun:
     pairs: Pairs
     changes: list[dict[str, Any]]
     may_judge_old: bool
+    replay: Replay | None
+    why_replayed: str
 
     def stages(self, system: GatedSystem) -> list[Stage]:
         told = self.config.train
         pairwise = PairwiseLoss(label_smoothing=told.label_smoothing, centering=told.centering)
-        return [system.router_stage()] if self.kind == "remove" else system.new_domain_stages(self.domain, pairwise)
+        removed = self.kind == "remove"
+        stages = [system.router_stage()] if removed else system.new_domain_stages(self.domain, pairwise)
+        if self.replay is None:
+            return stages
+        return [system.replay_stage(self.replay) if stage.name == "router" else stage for stage in stages]
 
 
 def extend(run: str | Path, domain: str, data: Sequence[str], **options: Any) -> Change:
     """Train an expert for `domain` on `data` and refit the router over all domains, into a new run folder `out`.
 
     The router needs prompts of the old domains: they are read again from where the run was trained, or from
-    `old_data`. `changes` are `train` settings for the new stages. Raises ConfigError where the recipe has no expert
-    per domain or the domain exists, RunError where the old data is not what it was. `truncate` cuts what is too long
+    `old_data`. Where they are gone, the gate alone is refitted, on the vectors that the run keeps of them. `changes`
+    are `train` settings for the new stages. Raises ConfigError where the recipe has no expert per domain or the domain
+    exists, RunError where the old data is not what it was and no vectors are kept. `truncate` cuts what is too long
     from now on. Further options: `shape` of the rows, `backbone`, `reporter`.
     """
     return _carry_out(_begin("extend", run, domain, data, **_prepared(options)), options)
@@ -118,6 +128,7 @@ def plan(kind: Kind, run: str | Path, domain: str, data: Sequence[str] = (), **o
         num_pairs = sum(stage.select(p) for p in begun.pairs.train)
         steps = math.ceil(num_pairs / told.batch_size) * told.epochs
         steps = min(steps, told.max_steps) if told.max_steps else steps
+        steps = 0 if stage.solve is not None else steps
         kind_of_stage = stage.name.partition("/")[0]
         like = [s for s in begun.before.card["stages"] if s["stage"].partition("/")[0] == kind_of_stage and s["steps"]]
         pace = sum(s["seconds"] for s in like) / sum(s["steps"] for s in like) if like else None
@@ -161,7 +172,10 @@ def _begin(
     refuse_taken(config)
     change = {"kind": kind, "domain": domain, "data": list(data), "shape": shape}
     needed = [d for d in card["domains"] if kind == "extend" or d != domain]
-    pairs = _changed(_old_pairs(old, card, old_data, needed), old, change)
+    old_pairs, replay, why = _old_pairs_or_replay(parent, old, card, old_data, needed)
+    pairs = _changed(old_pairs, old, change)
+    if replay is not None and kind != "extend":
+        replay = replay.of(needed)  # what replaces an expert also says anew where its prompts lie
     return _Begun(
         kind=kind,
         domain=domain,
@@ -172,6 +186,8 @@ def _begin(
         pairs=pairs,
         changes=[*changes_of(card), change],
         may_judge_old=not old_data or bool(old.data.val),  # without files of their own, they were trained on
+        replay=replay,
+        why_replayed=why,
     )
 
 
@@ -206,8 +222,20 @@ def _carry_out(begun: _Begun, options: Mapping[str, Any]) -> Change:
         system = _system(begun, backbone)
         config = settled(config, begun.pairs.train)
         work = Work(config, Path(config.out), system, encoder, begun.pairs, begun.domains, reporter)
+        if begun.replay is not None:
+            work.pairs.report["replayed"] = {"why": begun.why_replayed, "prompts": begun.replay.num_prompts()}
+            reporter.say(
+                f"the old domains' pairs are not used ({begun.why_replayed}): the gate is refitted on the vectors that "
+                "the run keeps of their prompts, and no calibration is fitted (moreward calibrate fits one, on your pairs)"
+            )
         reports = work.fit(begun.stages(system))
-        work.write(reports, parent={"run": str(begun.parent), "model": before.identity}, changes=begun.changes)
+        work.write(
+            reports,
+            earlier=begun.replay,
+            golden=[_item(g) for g in before.card["golden"]] if begun.replay is not None else (),
+            parent={"run": str(begun.parent), "model": before.identity},
+            changes=begun.changes,
+        )
     stay = [d for d in before.experts if d in begun.domains and (begun.kind == "extend" or d != domain)]
     difference, num_golden = _golden_difference(before, load(config.out, backbone=options.get("backbone")), stay)
     val = [p for p in begun.pairs.val if p.token_ids is None and not p.capability]
@@ -223,6 +251,7 @@ def _carry_out(begun: _Begun, options: Mapping[str, Any]) -> Change:
         golden_difference=difference,
         num_golden=num_golden,
         mixes=system.mixes,
+        replayed=next((r["solved"] for r in reports if r["stage"] == "gate"), None),
     )
 
 
@@ -266,8 +295,23 @@ def _config(old: RunConfig, out: str | Path, backbone: str | None, changes: Mapp
     return resolve(told)
 
 
+def _old_pairs_or_replay(
+    parent: Path, old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str], needed: Sequence[str]
+) -> tuple[Pairs, Replay | None, str]:
+    """The old pairs; where they cannot be had, none, what the run keeps of their prompts, and why."""
+    try:
+        return _old_pairs(old, card, old_data, needed), None, ""
+    except MorewardError as error:
+        replay = None if old_data else read_replay(parent)
+        if replay is None or set(needed) - replay.num_prompts().keys():
+            raise
+        return Pairs([], []), replay, str(error).splitlines()[0]
+
+
 def _old_pairs(old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str], needed: Sequence[str]) -> Pairs:
     """The pairs that the old run was trained on, its own changes included, as they were then."""
+    if card["data"].get("replayed") and not old_data:
+        raise RunError("an earlier change was made without the old domains' data")
     told = old.data.model_copy(update={"train": tuple(old_data)} if old_data else {})
     pairs = read_pairs(old.model_copy(update={"data": told}))
     if old_data:

@@ -23,6 +23,8 @@ from moreward.nn.features import FeatureStore
 from moreward.nn.lora import LoRABank
 from moreward.nn.losses import DomainLoss, Objective
 from moreward.nn.mixture import Routed
+from moreward.nn.replay import Replay, fit_gate, read_batches
+from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.types import Batch, Explanation, Preference, Rewards, Routing
 
 Tune = Literal["full", "lora", "frozen"]
@@ -286,6 +288,23 @@ class GatedSystem(System):
             name="router", module=self.routed.router, learn=tuple(self.router_parameters()), objective=DomainLoss()
         )
 
+    def replay_stage(self, earlier: Replay) -> Stage:
+        """As the router stage, without the old domains' prompts: the router's encoder stays as it is, so that what it
+        said of them stays true, and the gate alone is fitted, on `earlier` and on what is at hand."""
+        router = self.routed.router
+        assert isinstance(router.router, TopKRouter)
+        gate = router.router.gate
+
+        def solve(train: Iterable[Batch], held_out: Iterable[Batch]) -> Mapping[str, Any]:
+            new = [
+                read_batches(router, batches, self.domains, held_out=is_held_out)
+                for batches, is_held_out in ((train, False), (held_out, True))
+            ]
+            return fit_gate(gate, earlier.of(self.domains) + new[0] + new[1])
+
+        learn = tuple(router.router.parameters())
+        return Stage(name="gate", module=router, learn=learn, objective=DomainLoss(), solve=solve)
+
 
 class RoutedSystem(GatedSystem):
     """What RODOS and ARLISS share: experts that have nothing in common but a frozen backbone, a stage for each."""
@@ -293,6 +312,13 @@ class RoutedSystem(GatedSystem):
     def stages(self, pairwise: Objective) -> list[Stage]:
         experts = [stage for domain in self.domains for stage in self.expert_stages(domain, pairwise)]
         return [*experts, self.router_stage()]
+
+
+def gate_of(system: System) -> PromptRouter | None:
+    """The router whose gate is linear in what it reads of a prompt, so that it can be fitted on that alone."""
+    if isinstance(system, GatedSystem) and isinstance(system.routed.router.router, TopKRouter):
+        return system.routed.router
+    return None
 
 
 def expert_names(domains: Sequence[str]) -> tuple[str, ...]:
