@@ -18,7 +18,7 @@ from moreward.data.batches import Encoder, encode_pairs, pair_batch, side
 from moreward.data.formats import convert
 from moreward.errors import ConfigError, DataError
 from moreward.evals.accuracy import evaluate
-from moreward.growth.change import extend
+from moreward.growth.change import extend, remove_expert, replace_expert
 from moreward.nn.backbone import Backbone, load_tokenizer
 from moreward.nn.losses import PairwiseLoss
 from moreward.scoring import Scorer, load
@@ -257,6 +257,35 @@ def test_a_task_is_added_with_its_points_and_the_old_ones_do_not_move(tmp_path, 
     }
     reward = load(grown.run, device="cpu").score([side(asking[0], "chosen")], explain=True)[0]
     assert set(reward.expert_rewards) == {*DOMAINS, "asking"}
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_task_is_replaced_with_other_points_or_removed_and_the_others_do_not_move(
+    tune, tmp_path, run_of, pairs
+) -> None:
+    old = write_pairs(tmp_path / "old.jsonl", labelled(pairs))
+    asking = [replace(p, domain="asking", prompt=f"May I ask: {p.prompt}") for p in pairs[:20]]
+    new = write_pairs(tmp_path / "new.jsonl", labelled(asking, ["courtesy"]))
+    run, _ = run_of(tune, fuse="rewards")
+    grown = extend(run, "asking", [str(new)], old_data=[str(old)], out=tmp_path / "grown")
+    # From here on the old pairs are not at hand: the run was trained on pairs in memory.
+    other = write_pairs(tmp_path / "other.jsonl", labelled(asking, ["wit", "rhyme"]))
+    made = replace_expert(grown.run, "asking", [str(other)], out=tmp_path / "replaced")
+    less = remove_expert(made.run, "long", out=tmp_path / "less")
+    for step in (made, less):
+        assert step.golden_difference == 0.0
+        assert step.num_golden > 0
+        assert step.replayed is not None
+    points = card(less.run)["config"]["system"]["capabilities"]
+    assert points == {"asking": ["rhyme", "wit"], "short": list(POINTS)}
+    before, after = weights(grown.run), weights(less.run)
+    mine = {k for k in before if ".short." in k or ".short--" in k}
+    assert mine
+    assert all(torch.equal(before[k], after[k]) for k in mine)
+    assert not any(".long." in k or ".long--" in k or "courtesy" in k for k in after)
+    reward = load(less.run, device="cpu").score([side(asking[0], "chosen")], expert="asking", explain=True)[0]
+    assert set(reward.expert_rewards) == {"asking", "short"}
+    assert set(reward.part_rewards) == {"rhyme", "wit"}
 
 
 def test_a_run_killed_between_phases_goes_on_and_ends_with_the_same_bits(

@@ -163,10 +163,8 @@ def _begin(
         raise ConfigError(
             f"recipe {old.recipe!r} has no expert per domain, so it cannot be {DONE[kind]}: train it again"
         )
-    if kind != "extend" and find_recipe(old.recipe).uses_capabilities:
-        raise ConfigError(f"recipe {old.recipe!r}: tasks can be added, but not replaced or removed: train it again")
     domains = _domains_after(kind, domain, card["domains"])
-    config = _config(old, out or f"{parent}{BETWEEN[kind]}{expert_names([domain])[0]}", backbone, changes or {})
+    config = _config(old, domain, out or f"{parent}{BETWEEN[kind]}{expert_names([domain])[0]}", backbone, changes or {})
     if truncate:
         config = config.model_copy(update={"data": config.data.model_copy(update={"on_long": "truncate"})})
     refuse_taken(config)
@@ -226,7 +224,7 @@ def _carry_out(begun: _Begun, options: Mapping[str, Any]) -> Change:
             work.pairs.report["replayed"] = {"why": begun.why_replayed, "prompts": begun.replay.num_prompts()}
             reporter.say(
                 f"the old domains' pairs are not used ({begun.why_replayed}): the gate is refitted on the vectors that "
-                "the run keeps of their prompts, and no calibration is fitted (moreward calibrate fits one, on your pairs)"
+                "the run keeps of their prompts, and no calibration is fitted (moreward calibrate fits one)"
             )
         reports = work.fit(begun.stages(system))
         work.write(
@@ -263,12 +261,11 @@ def _system(begun: _Begun, backbone: Backbone) -> GatedSystem:
     system = recipe(recipe.Config.model_validate(config.system), backbone, begun.domains)
     assert isinstance(system, GatedSystem)
     old_system = begun.before.system
+    assert isinstance(old_system, GatedSystem)
     kept = [i for i, d in enumerate(old_system.domains) if d in begun.domains]
     old = old_system.saved_tensors()
     new = system.saved_tensors()
-    gone = (
-        set() if begun.kind == "extend" else _own_names(system if begun.kind == "replace" else old_system, begun.domain)
-    )
+    gone = set() if begun.kind == "extend" else old_system.own_tensors(begun.domain)
     if begun.kind == "remove":  # what is kept under the expert's name, whoever shares it
         name = old_system.expert_names[old_system.domains.index(begun.domain)]
         gone |= {k for k in old if k not in new and f".{name}." in k}
@@ -276,20 +273,12 @@ def _system(begun: _Begun, backbone: Backbone) -> GatedSystem:
     return system
 
 
-def _own_names(system: Any, domain: str) -> set[str]:
-    """The names of the tensors that one expert alone has; a zero and unit that all share are not among them."""
-    name = system.expert_names[system.domains.index(domain)]
-    others = {id(system.standardizer(other)) for other in system.expert_names if other != name}
-    unit = system.standardizer(name)
-    mine = {id(p) for p in system.expert_parameters(name)}
-    mine |= set() if id(unit) in others else {id(b) for b in unit.buffers()}
-    named = [*system.named_parameters(remove_duplicate=False), *system.named_buffers(remove_duplicate=False)]
-    return {k for k, v in named if id(v) in mine}
-
-
-def _config(old: RunConfig, out: str | Path, backbone: str | None, changes: Mapping[str, Any]) -> RunConfig:
+def _config(
+    old: RunConfig, domain: str, out: str | Path, backbone: str | None, changes: Mapping[str, Any]
+) -> RunConfig:
     told = old.model_dump(mode="json")
     told["out"] = str(out)
+    told["system"] = find_recipe(old.recipe).forget(told["system"], domain)
     told["backbone"] = backbone or old.backbone
     told["train"] = {**told["train"], "domain_temperature": EVEN, **changes}
     return resolve(told)

@@ -162,6 +162,11 @@ class System(nn.Module):
         """What users call the members, where all judge every row: the columns of `Rewards.expert_reward_NK`."""
         return ()
 
+    @classmethod
+    def forget(cls, settings: Mapping[str, Any], domain: str) -> dict[str, Any]:
+        """A run's settings without what its data decided about one domain, whose pairs will be others."""
+        return dict(settings)
+
     def forward(self, batch: Batch) -> Rewards:
         raise NotImplementedError
 
@@ -262,6 +267,16 @@ class GatedSystem(System):
 
     def standardizer(self, name: str) -> Standardize:
         raise NotImplementedError
+
+    def own_tensors(self, domain: str) -> set[str]:
+        """The names of the stored tensors that the expert of one domain alone has: they go with it. A zero and unit
+        that all share are not among them."""
+        name = self.expert_names[self.domains.index(domain)]
+        units = {id(b) for other in self.expert_names if other != name for b in self.standardizer(other).buffers()}
+        mine = {id(p) for p in self.expert_parameters(name)}
+        mine |= {id(b) for b in self.standardizer(name).buffers()} - units
+        named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        return {k for k, v in named if id(v) in mine}
 
     def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
         """What a domain that comes later takes: its expert, and the router again. No old expert may move."""

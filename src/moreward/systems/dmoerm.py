@@ -7,7 +7,7 @@ N conversations, E tasks, K points of a task, D hidden.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -157,6 +157,18 @@ class Recipe(RoutedSystem):
             found[p.domain] |= {p.capability} - {""}
         new = {task: tuple(configured.get(task) or sorted(names)) for task, names in sorted(found.items())}
         return config.model_copy(update={"capabilities": {**new, **(config.capabilities or {})}})
+
+    @classmethod
+    def forget(cls, settings: Mapping[str, Any], domain: str) -> dict[str, Any]:
+        """The points of the task may be others."""
+        known = settings.get("capabilities") or {}
+        return {**settings, "capabilities": {task: names for task, names in known.items() if task != domain}}
+
+    def own_tensors(self, domain: str) -> set[str]:
+        """All that stands under the name of the task or of one of its points."""
+        task = self.domains.index(domain)
+        names = [self.expert_names[task], *(point.name for point in self._of(task))]
+        return {k for k in self.saved_tensors() if any(f".{name}." in k for name in names)}
 
     def __init__(self, config: DmoermConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__(config, backbone, domains)
