@@ -11,10 +11,14 @@ import typer
 from moreward.cli_common import load_scorer, measured
 
 if TYPE_CHECKING:
-    from moreward.growth.change import Change, Kind
+    from moreward.growth.change import Change
+    from moreward.systems._base import Kind
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
-Domain = Annotated[str, typer.Option(help="The domain whose expert it is.")]
+Domain = Annotated[
+    str,
+    typer.Option("--domain", "--expert", help="The domain whose expert it is; a member of an ensemble, an objective."),
+]
 Data = Annotated[
     list[str], typer.Option("--data", metavar="PATH", help="Files, folders or globs of its pairs; may be repeated.")
 ]

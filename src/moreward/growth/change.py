@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from moreward.config import RunConfig, resolve
 from moreward.data.batches import side
 from moreward.data.load import assert_no_leak, check_domains, load_preferences
+from moreward.data.ratings import divided, load_ratings
 from moreward.data.split import not_held_out, split_by_group
 from moreward.errors import ConfigError, MorewardError, RunError
 from moreward.items import as_text
@@ -24,8 +25,18 @@ from moreward.nn.replay import Replay
 from moreward.registry import find_recipe
 from moreward.runs import changes_of, read_replay
 from moreward.scoring import Scorer, load
-from moreward.systems._base import GatedSystem, Stage, expert_names
-from moreward.train.runner import Pairs, Work, left_to, make_encoder, open_run, read_pairs, refuse_taken, settled
+from moreward.systems._base import Axis, GatedSystem, GrowingSystem, Kind, Stage, expert_names
+from moreward.train.runner import (
+    Pairs,
+    Work,
+    left_to,
+    make_encoder,
+    open_run,
+    read_pairs,
+    refuse_taken,
+    settled,
+    with_objectives,
+)
 from moreward.train.track import Reporter, Silent
 from moreward.types import Preference
 
@@ -34,7 +45,6 @@ EVEN = 100.0
 small new domain would hardly be seen."""
 
 
-Kind = Literal["extend", "replace", "remove"]
 DONE: Mapping[Kind, str] = {"extend": "extended", "replace": "given another expert", "remove": "parted from an expert"}
 BETWEEN: Mapping[Kind, str] = {"extend": "+", "replace": "+new-", "remove": "-"}
 
@@ -79,6 +89,7 @@ class _Begun:
     before: Scorer
     parent: Path
     config: RunConfig
+    parts: tuple[str, ...]
     domains: tuple[str, ...]
     pairs: Pairs
     changes: list[dict[str, Any]]
@@ -86,13 +97,18 @@ class _Begun:
     replay: Replay | None
     why_replayed: str
 
-    def stages(self, system: GatedSystem) -> list[Stage]:
+    @property
+    def knows_old_texts(self) -> bool:
+        """Whether the old pairs are at hand, to take golden texts from."""
+        return self.replay is None and bool(self.pairs.train) and self.domains == self.parts
+
+    def stages(self, system: GrowingSystem) -> list[Stage]:
         told = self.config.train
         pairwise = PairwiseLoss(label_smoothing=told.label_smoothing, centering=told.centering)
-        removed = self.kind == "remove"
-        stages = [system.router_stage()] if removed else system.new_domain_stages(self.domain, pairwise)
+        stages = system.change_stages(self.kind, self.domain, pairwise)
         if self.replay is None:
             return stages
+        assert isinstance(system, GatedSystem)
         return [system.replay_stage(self.replay) if stage.name == "router" else stage for stage in stages]
 
 
@@ -159,28 +175,42 @@ def _begin(
     before = load(parent, backbone=backbone)
     card = before.card
     old = RunConfig.model_validate(card["config"])
-    if not issubclass(find_recipe(old.recipe), GatedSystem):
+    recipe = find_recipe(old.recipe)
+    if not issubclass(recipe, GrowingSystem):
         raise ConfigError(
             f"recipe {old.recipe!r} has no expert per domain, so it cannot be {DONE[kind]}: train it again"
         )
-    domains = _domains_after(kind, domain, card["domains"])
-    config = _config(old, domain, out or f"{parent}{BETWEEN[kind]}{expert_names([domain])[0]}", backbone, changes or {})
+    assert isinstance(before.system, GrowingSystem)
+    axis = recipe.grows_by(old.system)
+    parts = _parts_after(kind, domain, before.system.part_labels, axis)
+    config = _config(
+        old, kind, domain, out or f"{parent}{BETWEEN[kind]}{expert_names([domain])[0]}", backbone, changes or {}
+    )
     if truncate:
         config = config.model_copy(update={"data": config.data.model_copy(update={"on_long": "truncate"})})
     refuse_taken(config)
     change = {"kind": kind, "domain": domain, "data": list(data), "shape": shape}
-    needed = [d for d in card["domains"] if kind == "extend" or d != domain]
-    old_pairs, replay, why = _old_pairs_or_replay(parent, old, card, old_data, needed)
-    pairs = _changed(old_pairs, old, change)
-    if replay is not None and kind != "extend":
-        replay = replay.of(needed)  # what replaces an expert also says anew where its prompts lie
+    replay, why = None, ""
+    if axis == "member":
+        if old_data:
+            raise ConfigError("--old-data: nothing of an ensemble is refitted when a member changes; leave it out")
+        pairs = _of_a_member(old, card, data, shape)
+    elif axis == "objective":
+        pairs, config = _with_ratings(_old_pairs(old, card, old_data, ()), config, data)
+    else:
+        needed = [d for d in card["domains"] if kind == "extend" or d != domain]
+        old_pairs, replay, why = _old_pairs_or_replay(parent, old, card, old_data, needed)
+        pairs = _changed(old_pairs, old, change)
+        if replay is not None and kind != "extend":
+            replay = replay.of(needed)  # what replaces an expert also says anew where its prompts lie
     return _Begun(
         kind=kind,
         domain=domain,
         before=before,
         parent=parent,
         config=config,
-        domains=domains,
+        parts=parts,
+        domains=parts if axis == "domain" else tuple(card["domains"]),
         pairs=pairs,
         changes=[*changes_of(card), change],
         may_judge_old=not old_data or bool(old.data.val),  # without files of their own, they were trained on
@@ -189,21 +219,43 @@ def _begin(
     )
 
 
-def _domains_after(kind: Kind, domain: str, domains: Sequence[str]) -> tuple[str, ...]:
+def _of_a_member(old: RunConfig, card: Mapping[str, Any], data: Sequence[str], shape: str | None) -> Pairs:
+    """What a new member learns from; a removed one leaves nothing to be learned."""
+    if not data:
+        return Pairs([], [])
+    told = old.data.model_copy(update={"train": tuple(data), "val": (), "shape": shape or old.data.shape})
+    pairs = read_pairs(old.model_copy(update={"data": told}))
+    check_domains([*pairs.train, *pairs.val], card["domains"])
+    return pairs
+
+
+def _with_ratings(pairs: Pairs, config: RunConfig, data: Sequence[str]) -> tuple[Pairs, RunConfig]:
+    """The old pairs with the old ratings and those of `data`; the configuration names them all."""
+    files = (*config.data.ratings, *data)
+    told = config.data.model_copy(update={"ratings": files})
+    ratings = divided(load_ratings(list(files), max_bad_share=told.max_bad_share), pairs.val)
+    config = with_objectives(config.model_copy(update={"data": told}), ratings)
+    report = {**pairs.report, "ratings": ratings.report()}
+    return Pairs(pairs.train, pairs.val, report, pairs.quarantine, ratings), config
+
+
+def _parts_after(kind: Kind, domain: str, domains: Sequence[str], axis: Axis = "domain") -> tuple[str, ...]:
     if not domain.strip():
         raise ConfigError("--domain: is empty; give the domain a name")
     told = ", ".join(domains)
     if kind == "extend":
         if domain in domains:
-            raise ConfigError(f"domain {domain!r} exists. The run has: {told}.")
+            raise ConfigError(f"{axis} {domain!r} exists. The run has: {told}.")
         return (*domains, domain)
     if domain not in domains:
-        raise ConfigError(f"domain {domain!r} does not exist. The run has: {told}.")
+        raise ConfigError(f"{axis} {domain!r} does not exist. The run has: {told}.")
     if kind == "replace":
         return tuple(domains)
     left = tuple(d for d in domains if d != domain)
     if len(left) < 2:
         raise ConfigError(f"--domain {domain}: {left[0]!r} would be alone, and a mixture has two experts or more")
+    if axis == "member":
+        return left
     old_names = dict(zip(domains, expert_names(domains), strict=True))
     renamed = [d for d, name in zip(left, expert_names(left), strict=True) if old_names[d] != name]
     if renamed:
@@ -230,11 +282,11 @@ def _carry_out(begun: _Begun, options: Mapping[str, Any]) -> Change:
         work.write(
             reports,
             earlier=begun.replay,
-            golden=[_item(g) for g in before.card["golden"]] if begun.replay is not None else (),
+            golden=() if begun.knows_old_texts else [_item(g) for g in before.card["golden"]],
             parent={"run": str(begun.parent), "model": before.identity},
             changes=begun.changes,
         )
-    stay = [d for d in before.experts if d in begun.domains and (begun.kind == "extend" or d != domain)]
+    stay = [d for d in begun.parts if d != domain]
     difference, num_golden = _golden_difference(before, load(config.out, backbone=options.get("backbone")), stay)
     val = [p for p in begun.pairs.val if p.token_ids is None and not p.capability]
     new_val = [p for p in val if p.domain == domain]
@@ -249,36 +301,41 @@ def _carry_out(begun: _Begun, options: Mapping[str, Any]) -> Change:
         golden_difference=difference,
         num_golden=num_golden,
         mixes=system.mixes,
-        replayed=next((r["solved"] for r in reports if r["stage"] == "gate"), None),
+        replayed=next((r["solved"] for r in reports if r["stage"] == "gate"), None)
+        if begun.replay is not None
+        else None,
     )
 
 
-def _system(begun: _Begun, backbone: Backbone) -> GatedSystem:
+def _system(begun: _Begun, backbone: Backbone) -> GrowingSystem:
     """The new system with all that stays; what is to be trained stands where every expert starts."""
     config = settled(begun.config, begun.pairs.train)
     recipe = find_recipe(config.recipe)
     torch.manual_seed(config.seed)
     system = recipe(recipe.Config.model_validate(config.system), backbone, begun.domains)
-    assert isinstance(system, GatedSystem)
     old_system = begun.before.system
-    assert isinstance(old_system, GatedSystem)
-    kept = [i for i, d in enumerate(old_system.domains) if d in begun.domains]
+    assert isinstance(system, GrowingSystem)
+    assert isinstance(old_system, GrowingSystem)
+    kept = [i for i, d in enumerate(old_system.part_labels) if d in begun.parts]
     old = old_system.saved_tensors()
     new = system.saved_tensors()
     gone = set() if begun.kind == "extend" else old_system.own_tensors(begun.domain)
     if begun.kind == "remove":  # what is kept under the expert's name, whoever shares it
-        name = old_system.expert_names[old_system.domains.index(begun.domain)]
+        name = old_system.part_names[old_system.part_labels.index(begun.domain)]
         gone |= {k for k in old if k not in new and f".{name}." in k}
+    gone |= system.anew()
     carry_over(new, {k: v for k, v in old.items() if k not in gone}, kept)
     return system
 
 
 def _config(
-    old: RunConfig, domain: str, out: str | Path, backbone: str | None, changes: Mapping[str, Any]
+    old: RunConfig, kind: Kind, domain: str, out: str | Path, backbone: str | None, changes: Mapping[str, Any]
 ) -> RunConfig:
     told = old.model_dump(mode="json")
     told["out"] = str(out)
-    told["system"] = find_recipe(old.recipe).forget(told["system"], domain)
+    recipe = find_recipe(old.recipe)
+    assert issubclass(recipe, GrowingSystem)
+    told["system"] = recipe.changed(told["system"], kind, domain)
     told["backbone"] = backbone or old.backbone
     told["train"] = {**told["train"], "domain_temperature": EVEN, **changes}
     return resolve(told)
@@ -306,7 +363,8 @@ def _old_pairs(old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str],
     if old_data:
         check_domains(pairs.train, card["domains"])
     else:
-        for change in changes_of(card):
+        changes = changes_of(card) if find_recipe(old.recipe).grows_by(old.system) == "domain" else []
+        for change in changes:
             pairs = _changed(pairs, old, change)
         if pairs.sha256() != card["data"]["data_sha256"]:
             raise RunError(
@@ -370,8 +428,8 @@ def carry_over(new: Mapping[str, Tensor], old: Mapping[str, Tensor], kept: Seque
 def _golden_difference(before: Scorer, after: Scorer, experts: Sequence[str]) -> tuple[float | None, int]:
     items = [_item(g) for g in before.card["golden"]]
     pairs = [
-        (then["experts"][e], now["experts"][e])
-        for then, now in zip(before.golden(items), after.golden(items), strict=True)
+        (then[e], now[e])
+        for then, now in ((before.each_part(item), after.each_part(item)) for item in items)
         for e in experts
     ]
     return max((abs(a - b) for a, b in pairs), default=None), len(pairs)

@@ -28,6 +28,8 @@ from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.types import Batch, Explanation, Preference, Rewards, Routing
 
 Tune = Literal["full", "lora", "frozen"]
+Axis = Literal["domain", "member", "objective"]
+Kind = Literal["extend", "replace", "remove"]
 Presets = Mapping[str, Mapping[str, Any]]
 Solve = Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]]
 ROUTER = "@router"
@@ -162,11 +164,6 @@ class System(nn.Module):
         """What users call the members, where all judge every row: the columns of `Rewards.expert_reward_NK`."""
         return ()
 
-    @classmethod
-    def forget(cls, settings: Mapping[str, Any], domain: str) -> dict[str, Any]:
-        """A run's settings without what its data decided about one domain, whose pairs will be others."""
-        return dict(settings)
-
     def forward(self, batch: Batch) -> Rewards:
         raise NotImplementedError
 
@@ -229,16 +226,60 @@ class System(nn.Module):
         return self.num_parameters()
 
 
-class GatedSystem(System):
-    """An expert per domain behind a router that reads the prompt. Only here oracle and random routers, and `extend`,
-    have a meaning.
+class GrowingSystem(System):
+    """Experts that can come, go and be given anew, while the others stay as they are: what `extend`, `replace` and
+    `remove` need to know of a recipe."""
+
+    mixes: ClassVar[str] = ""
+    """How rewards can move in a change in which an expert does not, after "it comes"."""
+
+    @classmethod
+    def grows_by(cls, settings: Mapping[str, Any]) -> Axis:
+        """What an expert stands for under these settings."""
+        return "domain"
+
+    @classmethod
+    def changed(cls, settings: Mapping[str, Any], kind: Kind, label: str) -> dict[str, Any]:
+        """A run's settings after a change. ConfigError where it cannot be made."""
+        return dict(settings)
+
+    @property
+    def part_labels(self) -> tuple[str, ...]:
+        """What users call the experts that can be changed."""
+        return self.expert_labels
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Their names among the tensors, in the same order."""
+        return self.expert_names
+
+    def own_tensors(self, label: str) -> set[str]:
+        """The names of the stored tensors that one expert alone has: they go with it."""
+        name = self.part_names[self.part_labels.index(label)]
+        return {k for k in self.saved_tensors() if f".{name}." in k}
+
+    def anew(self) -> set[str]:
+        """The names of stored tensors that every change computes anew, whatever shape they had."""
+        return set()
+
+    def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
+        """What a change takes: the expert, unless it goes, and what mixes the experts again. No other may move."""
+        raise NotImplementedError
+
+    def each_part(self, batch: Batch) -> dict[str, float]:
+        """What every expert says of the one conversation of `batch`, each computed by itself, so that the bits do not
+        depend on how many there are."""
+        raise NotImplementedError
+
+
+class GatedSystem(GrowingSystem):
+    """An expert per domain behind a router that reads the prompt. Only here oracle and random routers have a meaning.
 
     Subclasses set `self.routed` and say, by expert name, what each stage may move and what standardises it.
     """
 
     routed: Routed[Any]
     mixes: ClassVar[str] = "by the router, which sends prompts to other experts or weighs them otherwise"
-    """How a domain's rewards can move in a change in which its expert does not."""
 
     @property
     def expert_labels(self) -> tuple[str, ...]:
@@ -268,15 +309,21 @@ class GatedSystem(System):
     def standardizer(self, name: str) -> Standardize:
         raise NotImplementedError
 
-    def own_tensors(self, domain: str) -> set[str]:
-        """The names of the stored tensors that the expert of one domain alone has: they go with it. A zero and unit
-        that all share are not among them."""
-        name = self.expert_names[self.domains.index(domain)]
+    def own_tensors(self, label: str) -> set[str]:
+        """As above; a zero and unit that all share are not among them."""
+        name = self.expert_names[self.domains.index(label)]
         units = {id(b) for other in self.expert_names if other != name for b in self.standardizer(other).buffers()}
         mine = {id(p) for p in self.expert_parameters(name)}
         mine |= {id(b) for b in self.standardizer(name).buffers()} - units
         named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
         return {k for k, v in named if id(v) in mine}
+
+    def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
+        return [self.router_stage()] if kind == "remove" else self.new_domain_stages(label, pairwise)
+
+    def each_part(self, batch: Batch) -> dict[str, float]:
+        alone = [torch.tensor([[e]], device=batch.ids_NT.device) for e in range(len(self.domains))]
+        return {name: float(self.judge(batch, e_11)) for name, e_11 in zip(self.domains, alone, strict=True)}
 
     def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
         """What a domain that comes later takes: its expert, and the router again. No old expert may move."""

@@ -34,6 +34,7 @@ from moreward.nn.mixture import Routed
 from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.systems._base import (
     ROUTER,
+    Kind,
     LoRAConfig,
     Presets,
     RoutedSystem,
@@ -159,14 +160,14 @@ class Recipe(RoutedSystem):
         return config.model_copy(update={"capabilities": {**new, **(config.capabilities or {})}})
 
     @classmethod
-    def forget(cls, settings: Mapping[str, Any], domain: str) -> dict[str, Any]:
+    def changed(cls, settings: Mapping[str, Any], kind: Kind, label: str) -> dict[str, Any]:
         """The points of the task may be others."""
         known = settings.get("capabilities") or {}
-        return {**settings, "capabilities": {task: names for task, names in known.items() if task != domain}}
+        return {**settings, "capabilities": {task: names for task, names in known.items() if task != label}}
 
-    def own_tensors(self, domain: str) -> set[str]:
+    def own_tensors(self, label: str) -> set[str]:
         """All that stands under the name of the task or of one of its points."""
-        task = self.domains.index(domain)
+        task = self.domains.index(label)
         names = [self.expert_names[task], *(point.name for point in self._of(task))]
         return {k for k in self.saved_tensors() if any(f".{name}." in k for name in names)}
 
