@@ -404,10 +404,17 @@ class Scorer:
                 "prompt": item.prompt,
                 "response": item.response,
                 "reward": self._plain([item], on_long="truncate")[0].number,
-                "experts": self.each_part(item) if isinstance(self.system, GatedSystem) else {},
+                "experts": self._each_expert(item),
             }
             for item in items
         ]
+
+    def _each_expert(self, item: Conversation) -> dict[str, float]:
+        """Of a system with an expert per domain, each of them."""
+        if not isinstance(self.system, GatedSystem):
+            return {}
+        told = self.each_part(item)
+        return {name: told[name] for name in self.experts}
 
     @torch.no_grad()
     def each_part(self, item: Conversation) -> dict[str, float]:

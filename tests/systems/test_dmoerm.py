@@ -23,10 +23,10 @@ from moreward.nn.backbone import Backbone, load_tokenizer
 from moreward.nn.losses import PairwiseLoss
 from moreward.scoring import Scorer, load
 from moreward.systems.dmoerm import BASELINE, DmoermConfig, Recipe
-from moreward.train.runner import Pairs, Work, train_on
+from moreward.train.runner import Pairs, Work, train, train_on
 from moreward.types import Preference, RoutedReward
 from train.test_together import Watched, fit_of
-from trained import card, weights, write_pairs
+from trained import card, given, weights, write_pairs
 
 DOMAINS = ("long", "short")
 POINTS = ("size", "tone")
@@ -286,6 +286,46 @@ def test_a_task_is_replaced_with_other_points_or_removed_and_the_others_do_not_m
     reward = load(less.run, device="cpu").score([side(asking[0], "chosen")], expert="asking", explain=True)[0]
     assert set(reward.expert_rewards) == {"asking", "short"}
     assert set(reward.part_rewards) == {"rhyme", "wit"}
+
+
+@pytest.mark.parametrize(("tune", "fuse"), [("lora", "rewards"), ("frozen", "rewards"), ("full", "states")])
+def test_a_point_comes_is_given_anew_and_goes_and_no_other_moves(tune, fuse, tmp_path, pairs, tiny_backbone) -> None:
+    data = write_pairs(tmp_path / "old.jsonl", labelled(pairs))
+    words = (f"tune={tune}", f"system.fuse={fuse}", "system.rank=4", "data.max_length=96", "pooling=mean")
+    run = train(given("dmoerm", tiny_backbone("bert"), data, tmp_path / "run", *words))
+    rows = [p for p in pairs if p.domain == "short"]
+    wit = write_pairs(tmp_path / "wit.jsonl", [replace(p, capability="wit", id=f"{p.id}/wit") for p in rows])
+    tone = write_pairs(tmp_path / "tone.jsonl", [replace(p.swapped(), id=f"{p.id}/turned") for p in rows])
+    more = extend(run, "short/wit", [str(wit)], out=tmp_path / "more")
+    other = replace_expert(more.run, "short/tone", [str(tone)], out=tmp_path / "other")
+    less = remove_expert(other.run, "short/size", out=tmp_path / "less")
+    trained_then = [[s["stage"] for s in card(made.run)["stages"]] for made in (more, other, less)]
+    assert trained_then == [
+        ["point/short--wit", "fusion/short"],
+        ["point/short--tone", "fusion/short"],
+        ["fusion/short"],
+    ]
+    golden = len(card(run)["golden"])
+    stay = [  # the other task and its points, and the points of the task
+        ["long", "long/size", "long/tone", "short/size", "short/tone"],
+        ["long", "long/size", "long/tone", "short/size", "short/wit"],
+        ["long", "long/size", "long/tone", "short/tone", "short/wit"],
+    ]
+    assert [(made.golden_difference, made.num_golden) for made in (more, other, less)] == [
+        (0.0, len(names) * golden) for names in stay
+    ]
+    assert card(less.run)["config"]["system"]["capabilities"]["short"] == ["tone", "wit"]
+    old, new = weights(more.run), weights(other.run)
+    assert any(not torch.equal(old[k], new[k]) for k in old if ".short--tone." in k)
+    reward = load(less.run, device="cpu").score([side(rows[0], "chosen")], expert="short", explain=True)[0]
+    assert set(reward.part_rewards) == {"tone", "wit"}
+    with pytest.raises(ConfigError, match="capability 'short/size' does not exist"):
+        remove_expert(less.run, "short/size", out=tmp_path / "none")
+    with pytest.raises(ConfigError, match="--data judges size, tone"):
+        extend(run, "short/wit", [str(data)], out=tmp_path / "none")
+    last = remove_expert(less.run, "short/tone", out=tmp_path / "last")
+    with pytest.raises(ConfigError, match="has no other point than 'wit'"):
+        remove_expert(last.run, "short/wit", out=tmp_path / "none")
 
 
 def test_a_run_killed_between_phases_goes_on_and_ends_with_the_same_bits(

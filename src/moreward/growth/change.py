@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from moreward.nn.replay import Replay
 from moreward.registry import find_recipe
 from moreward.runs import changes_of, read_replay
 from moreward.scoring import Scorer, load
-from moreward.systems._base import Axis, GatedSystem, GrowingSystem, Kind, Stage, expert_names
+from moreward.systems._base import Axis, GatedSystem, GrowingSystem, Kind, Stage, System, expert_names
 from moreward.train.runner import (
     Pairs,
     Work,
@@ -38,13 +38,14 @@ from moreward.train.runner import (
     with_objectives,
 )
 from moreward.train.track import Reporter, Silent
-from moreward.types import Preference
+from moreward.types import Preference, text_key
 
 EVEN = 100.0
 """A domain temperature at which the refitted router sees every domain about equally often: drawn as the data is, a
 small new domain would hardly be seen."""
 
 
+AXES: tuple[Axis, ...] = ("domain", "capability", "member", "objective")
 DONE: Mapping[Kind, str] = {"extend": "extended", "replace": "given another expert", "remove": "parted from an expert"}
 BETWEEN: Mapping[Kind, str] = {"extend": "+", "replace": "+new-", "remove": "-"}
 
@@ -89,6 +90,7 @@ class _Begun:
     before: Scorer
     parent: Path
     config: RunConfig
+    axis: Axis
     parts: tuple[str, ...]
     domains: tuple[str, ...]
     pairs: Pairs
@@ -100,7 +102,7 @@ class _Begun:
     @property
     def knows_old_texts(self) -> bool:
         """Whether the old pairs are at hand, to take golden texts from."""
-        return self.replay is None and bool(self.pairs.train) and self.domains == self.parts
+        return self.replay is None and self.axis in ("domain", "capability")
 
     def stages(self, system: GrowingSystem) -> list[Stage]:
         told = self.config.train
@@ -181,15 +183,15 @@ def _begin(
             f"recipe {old.recipe!r} has no expert per domain, so it cannot be {DONE[kind]}: train it again"
         )
     assert isinstance(before.system, GrowingSystem)
-    axis = recipe.grows_by(old.system)
-    parts = _parts_after(kind, domain, before.system.part_labels, axis)
+    axis = recipe.grows_by(old.system, domain)
+    parts = _parts_after(kind, domain, before.system.part_labels(axis), axis)
     config = _config(
         old, kind, domain, out or f"{parent}{BETWEEN[kind]}{expert_names([domain])[0]}", backbone, changes or {}
     )
     if truncate:
         config = config.model_copy(update={"data": config.data.model_copy(update={"on_long": "truncate"})})
     refuse_taken(config)
-    change = {"kind": kind, "domain": domain, "data": list(data), "shape": shape}
+    change = {"kind": kind, "domain": domain, "data": list(data), "shape": shape, "axis": axis}
     replay, why = None, ""
     if axis == "member":
         if old_data:
@@ -197,6 +199,8 @@ def _begin(
         pairs = _of_a_member(old, card, data, shape)
     elif axis == "objective":
         pairs, config = _with_ratings(_old_pairs(old, card, old_data, ()), config, data)
+    elif axis == "capability":
+        pairs = _changed(_old_pairs(old, card, old_data, card["domains"]), old, change)
     else:
         needed = [d for d in card["domains"] if kind == "extend" or d != domain]
         old_pairs, replay, why = _old_pairs_or_replay(parent, old, card, old_data, needed)
@@ -209,6 +213,7 @@ def _begin(
         before=before,
         parent=parent,
         config=config,
+        axis=axis,
         parts=parts,
         domains=parts if axis == "domain" else tuple(card["domains"]),
         pairs=pairs,
@@ -254,7 +259,7 @@ def _parts_after(kind: Kind, domain: str, domains: Sequence[str], axis: Axis = "
     left = tuple(d for d in domains if d != domain)
     if len(left) < 2:
         raise ConfigError(f"--domain {domain}: {left[0]!r} would be alone, and a mixture has two experts or more")
-    if axis == "member":
+    if axis in ("member", "capability"):
         return left
     old_names = dict(zip(domains, expert_names(domains), strict=True))
     renamed = [d for d, name in zip(left, expert_names(left), strict=True) if old_names[d] != name]
@@ -286,8 +291,8 @@ def _carry_out(begun: _Begun, options: Mapping[str, Any]) -> Change:
             parent={"run": str(begun.parent), "model": before.identity},
             changes=begun.changes,
         )
-    stay = [d for d in begun.parts if d != domain]
-    difference, num_golden = _golden_difference(before, load(config.out, backbone=options.get("backbone")), stay)
+    after = load(config.out, backbone=options.get("backbone"))
+    difference, num_golden = _golden_difference(before, after, domain)
     val = [p for p in begun.pairs.val if p.token_ids is None and not p.capability]
     new_val = [p for p in val if p.domain == domain]
     old_val = [p for p in val if p.domain != domain] if begun.may_judge_old else []
@@ -316,14 +321,14 @@ def _system(begun: _Begun, backbone: Backbone) -> GrowingSystem:
     old_system = begun.before.system
     assert isinstance(system, GrowingSystem)
     assert isinstance(old_system, GrowingSystem)
-    kept = [i for i, d in enumerate(old_system.part_labels) if d in begun.parts]
+    kept = [i for i, d in enumerate(old_system.expert_labels) if d in (*begun.parts, *begun.domains)]
     old = old_system.saved_tensors()
     new = system.saved_tensors()
     gone = set() if begun.kind == "extend" else old_system.own_tensors(begun.domain)
     if begun.kind == "remove":  # what is kept under the expert's name, whoever shares it
-        name = old_system.part_names[old_system.part_labels.index(begun.domain)]
-        gone |= {k for k in old if k not in new and f".{name}." in k}
-    gone |= system.anew()
+        names = old_system.names_of(begun.domain)
+        gone |= {k for k in old for name in names if k not in new and f".{name}." in k}
+    gone |= old_system.anew(begun.domain)
     carry_over(new, {k: v for k, v in old.items() if k not in gone}, kept)
     return system
 
@@ -363,8 +368,7 @@ def _old_pairs(old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str],
     if old_data:
         check_domains(pairs.train, card["domains"])
     else:
-        changes = changes_of(card) if find_recipe(old.recipe).grows_by(old.system) == "domain" else []
-        for change in changes:
+        for change in changes_of(card):
             pairs = _changed(pairs, old, change)
         if pairs.sha256() != card["data"]["data_sha256"]:
             raise RunError(
@@ -378,7 +382,12 @@ def _old_pairs(old: RunConfig, card: Mapping[str, Any], old_data: Sequence[str],
 
 
 def _changed(pairs: Pairs, old: RunConfig, change: Mapping[str, Any]) -> Pairs:
-    """`pairs` after a change: those of its domain are others now, or none."""
+    """`pairs` after a change: those of its domain or capability are others now, or none. Of objectives the ratings
+    change, which the configuration names, and members have no part in it."""
+    if change.get("axis") == "capability":
+        return _with_capability(pairs, old, change)
+    if change.get("axis", "domain") != "domain":
+        return pairs
     if change["kind"] != "extend":
         train = [p for p in pairs.train if p.domain != change["domain"]]
         val = [p for p in pairs.val if p.domain != change["domain"]]
@@ -411,6 +420,38 @@ def _with_addition(pairs: Pairs, old: RunConfig, addition: Mapping[str, Any]) ->
     return Pairs([*pairs.train, *sides["train"]], [*pairs.val, *sides["val"]], report, quarantine)
 
 
+def _with_capability(pairs: Pairs, old: RunConfig, change: Mapping[str, Any]) -> Pairs:
+    """`pairs` with others that judge one point of a task, or none. A prompt stays on its side."""
+    domain, _, capability = change["domain"].rpartition("/")
+    train, val = (
+        [p for p in side if change["kind"] == "extend" or (p.domain, p.capability) != (domain, capability)]
+        for side in (pairs.train, pairs.val)
+    )
+    if change["kind"] == "remove":
+        return Pairs(train, val, pairs.report, pairs.quarantine)
+    loaded = load_preferences(
+        change["data"],
+        domain_map={"*": domain},
+        tags=old.data.tags,
+        max_bad_share=old.data.max_bad_share,
+        contradiction_weight=old.data.contradiction_weight,
+        shape=change["shape"],
+    )
+    if others := sorted({p.capability for p in loaded.preferences} - {"", capability}):
+        raise ConfigError(f"--data judges {', '.join(others)}; give the pairs that judge {capability!r} alone")
+    judged = [replace(p, domain=domain, capability=capability) for p in loaded.preferences]
+    held_out, learned = ({text_key(p.prompt) for p in side} for side in (val, train))
+    fresh = [p for p in judged if text_key(p.prompt) not in held_out | learned]
+    share = old.data.val_fraction
+    sides = (
+        split_by_group(fresh, {"train": 1 - share, "val": share}, seed=old.seed) if fresh else {"train": [], "val": []}
+    )
+    train += [*(p for p in judged if text_key(p.prompt) in learned), *sides["train"]]
+    val += [*(p for p in judged if text_key(p.prompt) in held_out - learned), *sides["val"]]
+    assert_no_leak(train, val)
+    return Pairs(train, val, pairs.report, [*pairs.quarantine, *loaded.quarantine])
+
+
 def carry_over(new: Mapping[str, Tensor], old: Mapping[str, Tensor], kept: Sequence[int]) -> None:
     """Copy every old tensor into the new system; a gate that has another number of rows now keeps those of the experts
     numbered `kept`."""
@@ -425,14 +466,22 @@ def carry_over(new: Mapping[str, Tensor], old: Mapping[str, Tensor], kept: Seque
             (target if target.dim() == 0 else target[: len(rows)]).copy_(rows)
 
 
-def _golden_difference(before: Scorer, after: Scorer, experts: Sequence[str]) -> tuple[float | None, int]:
+def _golden_difference(before: Scorer, after: Scorer, label: str) -> tuple[float | None, int]:
+    """Over all golden texts and all experts that are in both and that a change of `label` must not move."""
+    moved = {name for scorer in (before, after) for name in _moved_by(scorer.system, label)}
     items = [_item(g) for g in before.card["golden"]]
     pairs = [
         (then[e], now[e])
         for then, now in ((before.each_part(item), after.each_part(item)) for item in items)
-        for e in experts
+        for e in then.keys() & now.keys() - moved
     ]
     return max((abs(a - b) for a, b in pairs), default=None), len(pairs)
+
+
+def _moved_by(system: System, label: str) -> set[str]:
+    assert isinstance(system, GrowingSystem)
+    labels = {one for axis in AXES for one in system.part_labels(axis)}
+    return system.moved_by(label) if label in labels else {label}
 
 
 def _item(golden: Mapping[str, Any]) -> Any:

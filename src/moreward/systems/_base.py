@@ -28,7 +28,7 @@ from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.types import Batch, Explanation, Preference, Rewards, Routing
 
 Tune = Literal["full", "lora", "frozen"]
-Axis = Literal["domain", "member", "objective"]
+Axis = Literal["domain", "capability", "member", "objective"]
 Kind = Literal["extend", "replace", "remove"]
 Presets = Mapping[str, Mapping[str, Any]]
 Solve = Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]]
@@ -234,8 +234,8 @@ class GrowingSystem(System):
     """How rewards can move in a change in which an expert does not, after "it comes"."""
 
     @classmethod
-    def grows_by(cls, settings: Mapping[str, Any]) -> Axis:
-        """What an expert stands for under these settings."""
+    def grows_by(cls, settings: Mapping[str, Any], label: str) -> Axis:
+        """What the expert `label`, which may not be there yet, stands for under these settings."""
         return "domain"
 
     @classmethod
@@ -243,23 +243,24 @@ class GrowingSystem(System):
         """A run's settings after a change. ConfigError where it cannot be made."""
         return dict(settings)
 
-    @property
-    def part_labels(self) -> tuple[str, ...]:
-        """What users call the experts that can be changed."""
+    def part_labels(self, axis: Axis) -> tuple[str, ...]:
+        """What users call the experts of a kind."""
         return self.expert_labels
 
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """Their names among the tensors, in the same order."""
-        return self.expert_names
+    def names_of(self, label: str) -> tuple[str, ...]:
+        """The names under which the tensors of an expert are stored."""
+        return (self.expert_names[self.expert_labels.index(label)],)
 
     def own_tensors(self, label: str) -> set[str]:
         """The names of the stored tensors that one expert alone has: they go with it."""
-        name = self.part_names[self.part_labels.index(label)]
-        return {k for k in self.saved_tensors() if f".{name}." in k}
+        return {k for k in self.saved_tensors() for name in self.names_of(label) if f".{name}." in k}
 
-    def anew(self) -> set[str]:
-        """The names of stored tensors that every change computes anew, whatever shape they had."""
+    def moved_by(self, label: str) -> set[str]:
+        """The experts whose rewards a change of one may move."""
+        return {label}
+
+    def anew(self, label: str) -> set[str]:
+        """The names of stored tensors that a change of one expert computes anew, whatever shape they had."""
         return set()
 
     def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:

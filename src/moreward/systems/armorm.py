@@ -198,23 +198,22 @@ class Recipe(GrowingSystem):
     mixes: ClassVar[str] = "by the gate, which weighs the objectives anew"
 
     @classmethod
-    def grows_by(cls, settings: Mapping[str, Any]) -> Axis:
+    def grows_by(cls, settings: Mapping[str, Any], label: str) -> Axis:
         return "objective" if settings.get("objectives") else "domain"
 
     @classmethod
     def changed(cls, settings: Mapping[str, Any], kind: Kind, label: str) -> dict[str, Any]:
-        if cls.grows_by(settings) == "domain":
+        if cls.grows_by(settings, label) == "domain":
             return dict(settings)
         if kind == "replace":
             raise ConfigError(f"objective {label!r}: ratings of both kinds would be mixed; remove it, then add it")
         left = [name for name in settings["objectives"] if name != label]
         return {**settings, "objectives": [*left, label] if kind == "extend" else left}
 
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        return self.names
+    def names_of(self, label: str) -> tuple[str, ...]:
+        return (self.names[self.objectives.index(label)],)
 
-    def anew(self) -> set[str]:
+    def anew(self, label: str) -> set[str]:
         return {"debias_AK", "length_mean", "length_std"} if self.config.debias else {"debias_AK"}
 
     def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:

@@ -126,7 +126,7 @@ class Recipe(GrowingSystem):
     # ---- changes: members know nothing of each other, so only a new one is trained
 
     @classmethod
-    def grows_by(cls, settings: Mapping[str, Any]) -> Axis:
+    def grows_by(cls, settings: Mapping[str, Any], label: str) -> Axis:
         return "member"
 
     @classmethod
@@ -138,13 +138,11 @@ class Recipe(GrowingSystem):
         names += [label] if kind == "extend" else []
         return {**settings, "names": names, "num_members": len(names)}
 
-    @property
-    def part_labels(self) -> tuple[str, ...]:
+    def part_labels(self, axis: Axis) -> tuple[str, ...]:
         return self.names
 
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        return self.names
+    def names_of(self, label: str) -> tuple[str, ...]:
+        return (label,)
 
     def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
         return [] if kind == "remove" else [self._stage(self.names.index(label), label, pairwise)]
