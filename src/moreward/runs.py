@@ -112,7 +112,8 @@ def _write_files(
         write_adapter(folder, backbone, name, head, standardize, _seen_from(folder, card["backbone"]["name"]))
     if replay is not None:
         tensors = {name: getattr(replay, name).contiguous() for name in REPLAYED}
-        save_file(tensors, temporary / REPLAY, metadata={"format": "pt", "domains": json.dumps(replay.domains)})
+        # One entry: safetensors writes several in an order of chance, and the same run has the same bytes.
+        save_file(tensors, temporary / REPLAY, metadata={"domains": json.dumps(replay.domains)})
     write_json(temporary / CARD, {"schema": SCHEMA, **card})
     write_manifest(temporary, kind="moreward-model")
 
