@@ -498,6 +498,8 @@ def render_change(
     lost = [name for name in rows if name != domain and gains[name].difference < 0]
     beyond = [name for name in lost if gains[name].interval.high < 0]
     words = "No old domain lost accuracy on these pairs."
+    if not set(rows) - {domain}:
+        words = "Of the old domains nothing is known here."
     if lost:
         doubt = f"beyond the interval{_listed(beyond)}" if beyond else "none of them beyond its interval"
         words = f"Old domains that lost accuracy{_listed(lost)}: {doubt}. Their experts are the same; it comes {mixes}."

@@ -85,3 +85,13 @@ def test_what_moved_old_domains_is_told_as_it_is_for_the_recipe(recipe: str) -> 
     nothing = gains_by_domain(before_B, before_B, pairs)
     said = " ".join(render_change(sides[0], sides[0], nothing, "d1", word="new", mixes=mixes).split())
     assert "No old domain lost accuracy on these pairs." in said
+
+
+def test_where_no_old_domain_is_in_the_table_nothing_is_claimed_of_them() -> None:
+    pairs = pairs_of([1] * 20)
+    right_B = np.ones(20, dtype=bool)
+    side = side_of(right_B, pairs)
+    gains = gains_by_domain(right_B, right_B, pairs)
+    said = render_change(side, side, gains, "d1", word="new", mixes="")
+    assert "Of the old domains nothing is known here." in said
+    assert "lost" not in said
