@@ -11,10 +11,14 @@ import typer
 from moreward.cli_common import load_scorer, measured
 
 if TYPE_CHECKING:
-    from moreward.growth.change import Change, Kind
+    from moreward.growth.change import Change
+    from moreward.systems._base import Kind
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.", show_default=False)]
-Domain = Annotated[str, typer.Option(help="The domain whose expert it is.")]
+Domain = Annotated[
+    str,
+    typer.Option("--domain", "--expert", help="The domain whose expert it is; a member of an ensemble, an objective."),
+]
 Data = Annotated[
     list[str], typer.Option("--data", metavar="PATH", help="Files, folders or globs of its pairs; may be repeated.")
 ]
@@ -139,19 +143,35 @@ def _change(
 
 
 def _say(made: Change, truncate: bool, backbone: str | None) -> None:
+    from moreward.evals.statistics import gains_by_domain
     from moreward.growth.change import DONE
     from moreward.report import render_change
 
-    typer.echo(
-        f"golden rewards of the experts that stay: {made.num_golden} recomputed, largest change "
-        f"{made.golden_difference:g}{' (bit-identical)' if made.golden_difference == 0 else ''}"
-    )
+    typer.echo(_golden_words(made))
+    if made.replayed is not None:
+        right = ", ".join(f"{d} {100 * a:.1f}%" for d, a in made.replayed["held_out_router_accuracy"].items())
+        typer.echo(f"gate refitted without the old data; right on held-out prompts: {right or 'none are kept'}")
     if not made.old_val:
-        typer.echo("No held-out pairs of the old domains are known with --old-data; they are not in the table.")
+        typer.echo("No held-out pairs of the old domains are at hand; they are not in the table.")
     if pairs := [*made.old_val, *made.new_val]:
-        before = load_scorer(made.parent, truncate=truncate, backbone=backbone)
-        after = load_scorer(made.run, truncate=truncate, backbone=backbone)
-        typer.echo(render_change(measured(before, pairs), measured(after, pairs), made.domain, WORDS[made.kind]))
+        before, after = (
+            measured(load_scorer(run, truncate=truncate, backbone=backbone), pairs) for run in (made.parent, made.run)
+        )
+        gains = gains_by_domain(before.correct, after.correct, after.preferences)
+        typer.echo(render_change(before, after, gains, made.domain, word=WORDS[made.kind], mixes=made.mixes))
     typer.echo(f"{DONE[made.kind]}: {made.run}  (the old run is untouched)")
+    if made.golden_difference is None:
+        raise typer.Exit(2)
     if made.golden_difference:
         raise typer.Exit(1)
+
+
+def _golden_words(made: Change) -> str:
+    who = "golden rewards of the experts that stay"
+    if made.golden_difference is None:
+        return (
+            f"{who}: NOTHING WAS COMPARED. The old run has no golden texts: its held-out pairs are token ids. A run "
+            "whose data.val has pairs with texts stores some; train it so to have every change checked."
+        )
+    same = " (bit-identical)" if made.golden_difference == 0 else ""
+    return f"{who}: {made.num_golden} recomputed, largest change {made.golden_difference:g}{same}"

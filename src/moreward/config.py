@@ -88,6 +88,11 @@ class TrainConfig(_Section):
     processes: int | None = Field(None, ge=1, description="refuse to run with another number of processes")
     checkpoint_every: int = Field(200, ge=1, description="steps")
     keep_checkpoints: bool = Field(False, description="keep each stage's last checkpoint after the run")
+    replay: int = Field(
+        512,
+        ge=0,
+        description="prompts of a domain whose vectors are kept, to refit a gate without the data; 0: none",
+    )
     trackers: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow and others that accelerate knows")
 
     @field_validator("device")

@@ -16,6 +16,7 @@ from moreward.evals.accuracy import CHANCE, SATURATED, Cost, Evaluation, Measure
 from moreward.evals.compare import Comparison, Difference
 from moreward.evals.dtype import DtypePrice
 from moreward.evals.routing import RoutingReport
+from moreward.evals.statistics import Gain
 
 if TYPE_CHECKING:
     from moreward.evals.price import Prices
@@ -433,6 +434,11 @@ def _points(share: float, other: float | None) -> str:
     return _MISSING if other is None else f"{100 * (share - other):+.1f}"
 
 
+def _gain(gain: Gain) -> str:
+    low, high = gain.interval.low, gain.interval.high
+    return f"{100 * gain.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def _p(p_value: float) -> str:
     return "< .001" if p_value < 0.001 else f"= {p_value:.3f}".replace("0.", ".")
 
@@ -464,10 +470,13 @@ def _escaped(text: str) -> str:
 # ---- before and after --------------------------------------------------------------------------------------------
 
 
-def render_change(before: ExtensionSide, after: ExtensionSide, domain: str, word: str = "new") -> str:
+def render_change(
+    before: ExtensionSide, after: ExtensionSide, gains: Mapping[str, Gain], domain: str, *, word: str, mixes: str
+) -> str:
     """The regression table of a changed run: every old domain before and after, and the `word` one, `domain`.
 
-    `before` may know nothing of the new domain's expert; its accuracy there is what the old mixture gave it.
+    `before` may know nothing of the new domain's expert; its accuracy there is what the old mixture gave it. `gains`
+    are the paired differences by domain; `mixes` says how old domains can have changed.
     """
     rows = [*after.evaluation.domains]
     was, now = before.evaluation.domains, after.evaluation.domains
@@ -478,7 +487,7 @@ def render_change(before: ExtensionSide, after: ExtensionSide, domain: str, word
             Column("pairs", [f"{now[name].num_pairs:,}" for name in rows]),
             Column("accuracy\nbefore", [_with_interval(was[name]) for name in rows]),
             Column("accuracy\nafter", [_with_interval(now[name]) for name in rows]),
-            Column("change", [_points(now[name].accuracy, was[name].accuracy) for name in rows]),
+            Column("change, paired\n95% interval", [_gain(gains[name]) for name in rows]),
             *(
                 Column(f"router\n{when}", [_percent(routing.domain_accuracy.get(name)) for name in rows])
                 for when, routing in told
@@ -486,12 +495,14 @@ def render_change(before: ExtensionSide, after: ExtensionSide, domain: str, word
         ],
         num_domains=len(rows),
     )
-    changed = [name for name in rows if name != domain and now[name].accuracy < was[name].accuracy]
-    words = (
-        f"Old domains that lost accuracy, all of it by routing:{_listed(changed)}."
-        if changed
-        else ("No old domain lost accuracy.")
-    )
+    lost = [name for name in rows if name != domain and gains[name].difference < 0]
+    beyond = [name for name in lost if gains[name].interval.high < 0]
+    words = "No old domain lost accuracy on these pairs."
+    if not set(rows) - {domain}:
+        words = "Of the old domains nothing is known here."
+    if lost:
+        doubt = f"beyond the interval{_listed(beyond)}" if beyond else "none of them beyond its interval"
+        words = f"Old domains that lost accuracy{_listed(lost)}: {doubt}. Their experts are the same; it comes {mixes}."
     routers = ["Before:", *_router_words(before.routing), "After:", *_router_words(after.routing)]
     return terminal_text([], [table], [words, *routers])
 

@@ -11,6 +11,7 @@ run/
     backbone/          config.json and tokenizer of the backbone
     experts/NAME/      a PEFT adapter directory per expert, where experts are adapters
     manifest.json      size and SHA-256 of every file
+    replay.safetensors what the gate reads of some prompts of each domain, where there is a router
     calibration/       temperatures and where prompts lie, sealed by itself: it may be fitted again later
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,14 @@ from moreward.data.batches import Encoder, tokenizer_sha256
 from moreward.errors import RunError
 from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.peft_format import write_adapter
+from moreward.nn.replay import Replay
 from moreward.registry import find_recipe
 from moreward.systems._base import System
 
 CARD = "moreward.json"
 SCHEMA = 1
+REPLAY = "replay.safetensors"
+REPLAYED = ("hidden_PD", "domain_P", "held_out_P")
 
 
 def model_folder(run: str | Path) -> Path:
@@ -57,8 +62,20 @@ def read_card(folder: Path) -> dict[str, Any]:
     return dict(card)
 
 
+def changes_of(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How the model came to be from the first one of its line, the oldest change first: `kind`, `domain`, `data`,
+    `shape` of each. Runs of earlier versions could only be extended, and say so under `additions`."""
+    added = [{"kind": "extend", "shape": None, **addition} for addition in card.get("additions", [])]
+    return [*added, *card.get("changes", [])]
+
+
 def write_model(
-    run: Path, system: System, encoder: Encoder, card: dict[str, Any], calibration: Calibration | None = None
+    run: Path,
+    system: System,
+    encoder: Encoder,
+    card: dict[str, Any],
+    calibration: Calibration | None = None,
+    replay: Replay | None = None,
 ) -> Path:
     """Write `run/model` in one step: beside it first, then by rename."""
     temporary = run / f".model-{os.getpid()}"
@@ -67,7 +84,7 @@ def write_model(
     target = run / "model"
     try:
         with space_errors(run):
-            _write_files(temporary, system, encoder, card)
+            _write_files(temporary, system, encoder, card, replay)
             if calibration is not None:
                 write_calibration(temporary, calibration, model=identity(temporary))
             shutil.rmtree(target, ignore_errors=True)
@@ -78,7 +95,9 @@ def write_model(
     return target
 
 
-def _write_files(temporary: Path, system: System, encoder: Encoder, card: dict[str, Any]) -> None:
+def _write_files(
+    temporary: Path, system: System, encoder: Encoder, card: dict[str, Any], replay: Replay | None
+) -> None:
     from safetensors.torch import save_file
 
     (temporary / "backbone").mkdir(parents=True)
@@ -93,6 +112,10 @@ def _write_files(temporary: Path, system: System, encoder: Encoder, card: dict[s
         folder = temporary / "experts" / name
         base = _seen_from(folder, card["backbone"]["name"])
         write_adapter(folder, backbone, name, head, standardize, base, origin)
+    if replay is not None:
+        tensors = {name: getattr(replay, name).contiguous() for name in REPLAYED}
+        # One entry: safetensors writes several in an order of chance, and the same run has the same bytes.
+        save_file(tensors, temporary / REPLAY, metadata={"domains": json.dumps(replay.domains)})
     write_json(temporary / CARD, {"schema": SCHEMA, **card})
     write_manifest(temporary, kind="moreward-model")
 
@@ -132,6 +155,18 @@ def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System,
     if faults := system.load_tensors(tensors):
         raise RunError(f"{folder}/model.safetensors: {'; '.join(faults[:5])} ({len(faults)} faults)")
     return system.eval(), encoder, card
+
+
+def read_replay(run: str | Path) -> Replay | None:
+    """What the run keeps of its router's prompts; None where it keeps nothing."""
+    from safetensors import safe_open
+
+    path = model_folder(run) / REPLAY
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in REPLAYED}
+        return Replay(**tensors, domains=tuple(json.loads(file.metadata()["domains"])))
 
 
 def load_backbone(folder: Path, card: dict[str, Any], elsewhere: str | None) -> Backbone:

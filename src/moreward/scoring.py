@@ -24,7 +24,7 @@ from moreward.items import Item, as_conversation, as_text
 from moreward.nn.experts import Standardize
 from moreward.nn.features import FeatureStore
 from moreward.runs import identity, model_folder, read_model
-from moreward.systems._base import GatedSystem, System
+from moreward.systems._base import GatedSystem, GrowingSystem, System
 from moreward.types import (
     Batch,
     Comparison,
@@ -411,14 +411,21 @@ class Scorer:
             for item in items
         ]
 
-    @torch.no_grad()
     def _each_expert(self, item: Conversation) -> dict[str, float]:
-        """Each expert in a forward of its own, so that the bits do not depend on how many experts there are."""
-        batch = conversation_batch(self._encode([item], "truncate"), [-1], self.encoder.pad_id).to(self.device)
+        """Of a system with an expert per domain, each of them."""
         if not isinstance(self.system, GatedSystem):
             return {}
-        alone = [torch.tensor([[e]], device=self.device) for e in range(len(self.experts))]
-        return {name: float(self.system.judge(batch, e_11)) for name, e_11 in zip(self.experts, alone, strict=True)}
+        told = self.each_part(item)
+        return {name: told[name] for name in self.experts}
+
+    @torch.no_grad()
+    def each_part(self, item: Conversation) -> dict[str, float]:
+        """Each expert, member or objective in a forward of its own, so that the bits do not depend on how many there
+        are; empty where a recipe has none."""
+        if not isinstance(self.system, GrowingSystem):
+            return {}
+        batch = conversation_batch(self._encode([item], "truncate"), [-1], self.encoder.pad_id).to(self.device)
+        return self.system.each_part(batch)
 
     def check_golden(self, limit: int | None = None) -> float:
         """Recompute stored golden rewards; returns the largest difference. RunError beyond what rounding can do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from moreward.growth.history import history, roll_back
 from moreward.runs import identity, model_folder
 from moreward.scoring import load
 from moreward.types import Preference
-from trained import card, digests, trained, weights, write_pairs
+from trained import card, digests, edit_card, trained, weights, write_pairs
 
 Tiny = Callable[[str], Path]
 
@@ -196,7 +197,55 @@ def test_a_parent_that_is_gone_or_another_is_told(changed: Callable[[str, str], 
     assert [one.state for one in history(child)] == ["", ""]
 
 
+# ---------------------------------------------------------------- runs of earlier versions, runs without texts
+
+
+def test_a_run_extended_by_an_earlier_version_can_be_changed(
+    run_of: Callable[[str], Path], other_data: Path, tmp_path: Path, pairs: Sequence[Preference]
+) -> None:
+    loud = [replace(p, prompt=f"Loud! {p.prompt}", domain="loud", id=f"loud-{p.id}") for p in pairs[:16]]
+    data = write_pairs(tmp_path / "loud.jsonl", loud)
+    first = extend(run_of("arliss"), "loud", [str(data)], out=tmp_path / "first", changes={"max_steps": 1})
+
+    def as_it_was(told: dict[str, Any]) -> dict[str, Any]:
+        [change] = told.pop("changes")
+        return {**told, "additions": [{"domain": change["domain"], "data": change["data"]}]}
+
+    shutil.rmtree(first.run / "model" / "calibration", ignore_errors=True)  # it belongs to the old card
+    edit_card(first.run, as_it_was)
+    assert [one.change for one in history(first.run)] == ["trained", "extend loud"]
+    made = remove_expert(first.run, "asking", out=tmp_path / "second", changes={"max_steps": 1})
+    assert made.golden_difference == 0
+    assert [(c["kind"], c["domain"]) for c in card(made.run)["changes"]] == [("extend", "loud"), ("remove", "asking")]
+    assert [one.change for one in history(made.run)] == ["trained", "extend loud", "remove asking"]
+
+
+def test_without_golden_texts_it_is_said_that_nothing_was_compared(
+    run_of: Callable[[str], Path], other_data: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(run_of("arliss"), tmp_path / "run"))
+    shutil.rmtree(run / "model" / "calibration", ignore_errors=True)  # it belongs to the old card
+    edit_card(run, lambda told: {**told, "golden": []})
+    words = ["--domain", "short", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["remove", str(run), *words])
+    assert done.exit_code == 2
+    assert "NOTHING WAS COMPARED" in done.output
+    assert "data.val" in done.output
+    assert "identical" not in done.output
+    assert load(tmp_path / "out").experts == ("asking", "long")
+
+
 # ---------------------------------------------------------------- planned, refused
+
+
+def test_a_plan_refuses_a_folder_that_holds_a_run(run_of: Callable[[str], Path], changed: Any) -> None:
+    taken = changed("arliss", "remove").run
+    with pytest.raises(RunError, match="holds a finished run"):
+        plan("remove", run_of("arliss"), "short", out=taken)
+    done = CliRunner().invoke(
+        app, ["remove", str(run_of("arliss")), "--domain", "short", "--dry-run", "--out", str(taken)]
+    )
+    assert "holds a finished run" in str(done.exception)
 
 
 def test_a_plan_says_what_would_be_trained_and_writes_nothing(
@@ -247,6 +296,7 @@ def test_the_commands(run_of: Callable[[str], Path], other_data: Path, tmp_path:
     told = said("replace", run, "--domain", "short", "--data", str(other_data), "--out", out)
     assert "largest change 0 (bit-identical)" in told
     assert "short (replaced)" in told
+    assert re.search(r"[+-]\d+\.\d \[-\d+\.\d, \+\d+\.\d\]", told), "the difference has an interval of its own"
     assert "Before:" in told
     assert "given another expert" in told
     assert said("history", out).splitlines()[-1].endswith("replace short; 3 domains: asking, long, short")

@@ -214,7 +214,7 @@ def test_rows_without_a_domain_are_of_the_new_one(
 def test_old_data_that_is_gone_must_be_named(
     tiny_backbone: Tiny, pairs: Sequence[Preference], new_data: Path, tmp_path: Path
 ) -> None:
-    run = trained(tmp_path / "gone", tiny_backbone, pairs, "arliss", "bert", "train.max_steps=1")
+    run = trained(tmp_path / "gone", tiny_backbone, pairs, "arliss", "bert", "train.max_steps=1", "train.replay=0")
     moved = (tmp_path / "gone" / "pairs.jsonl").rename(tmp_path / "moved.jsonl")
     said = refused(run, tmp_path / "out", data=[new_data])
     assert "pairs.jsonl" in said
@@ -225,7 +225,7 @@ def test_old_data_that_is_gone_must_be_named(
 def test_old_data_that_is_not_what_it_was_is_refused(
     tiny_backbone: Tiny, pairs: Sequence[Preference], new_data: Path, tmp_path: Path
 ) -> None:
-    run = trained(tmp_path / "changed", tiny_backbone, pairs, "arliss", "bert", "train.max_steps=2")
+    run = trained(tmp_path / "changed", tiny_backbone, pairs, "arliss", "bert", "train.max_steps=2", "train.replay=0")
     write_pairs(tmp_path / "changed" / "pairs.jsonl", pairs[:38])
     said = refused(run, tmp_path / "out", data=[new_data])
     assert "old" in said

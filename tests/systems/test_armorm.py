@@ -123,7 +123,7 @@ def test_an_objective_without_a_rating_to_fit_is_an_error(run: Path) -> None:
         ratings_NK=torch.tensor([[0.5, torch.nan, 0.1]] * 2),
     )  # fmt: skip
     with torch.no_grad(), pytest.raises(DataError, match="rated for 'warmth'"):
-        system.solve_objectives([batch], [])
+        system.solve_objectives(system.objectives, [batch], [])
 
 
 # ---------------------------------------------------------------- debiasing

@@ -18,15 +18,15 @@ from moreward.data.batches import Encoder, encode_pairs, pair_batch, side
 from moreward.data.formats import convert
 from moreward.errors import ConfigError, DataError
 from moreward.evals.accuracy import evaluate
-from moreward.growth.change import extend
+from moreward.growth.change import extend, remove_expert, replace_expert
 from moreward.nn.backbone import Backbone, load_tokenizer
 from moreward.nn.losses import PairwiseLoss
 from moreward.scoring import Scorer, load
 from moreward.systems.dmoerm import BASELINE, DmoermConfig, Recipe
-from moreward.train.runner import Pairs, Work, train_on
+from moreward.train.runner import Pairs, Work, train, train_on
 from moreward.types import Preference, RoutedReward
 from train.test_together import Watched, fit_of
-from trained import card, weights, write_pairs
+from trained import card, given, weights, write_pairs
 
 DOMAINS = ("long", "short")
 POINTS = ("size", "tone")
@@ -257,6 +257,75 @@ def test_a_task_is_added_with_its_points_and_the_old_ones_do_not_move(tmp_path, 
     }
     reward = load(grown.run, device="cpu").score([side(asking[0], "chosen")], explain=True)[0]
     assert set(reward.expert_rewards) == {*DOMAINS, "asking"}
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_task_is_replaced_with_other_points_or_removed_and_the_others_do_not_move(
+    tune, tmp_path, run_of, pairs
+) -> None:
+    old = write_pairs(tmp_path / "old.jsonl", labelled(pairs))
+    asking = [replace(p, domain="asking", prompt=f"May I ask: {p.prompt}") for p in pairs[:20]]
+    new = write_pairs(tmp_path / "new.jsonl", labelled(asking, ["courtesy"]))
+    run, _ = run_of(tune, fuse="rewards")
+    grown = extend(run, "asking", [str(new)], old_data=[str(old)], out=tmp_path / "grown")
+    # From here on the old pairs are not at hand: the run was trained on pairs in memory.
+    other = write_pairs(tmp_path / "other.jsonl", labelled(asking, ["wit", "rhyme"]))
+    made = replace_expert(grown.run, "asking", [str(other)], out=tmp_path / "replaced")
+    less = remove_expert(made.run, "long", out=tmp_path / "less")
+    for step in (made, less):
+        assert step.golden_difference == 0.0
+        assert step.num_golden > 0
+        assert step.replayed is not None
+    points = card(less.run)["config"]["system"]["capabilities"]
+    assert points == {"asking": ["rhyme", "wit"], "short": list(POINTS)}
+    before, after = weights(grown.run), weights(less.run)
+    mine = {k for k in before if ".short." in k or ".short--" in k}
+    assert mine
+    assert all(torch.equal(before[k], after[k]) for k in mine)
+    assert not any(".long." in k or ".long--" in k or "courtesy" in k for k in after)
+    reward = load(less.run, device="cpu").score([side(asking[0], "chosen")], expert="asking", explain=True)[0]
+    assert set(reward.expert_rewards) == {"asking", "short"}
+    assert set(reward.part_rewards) == {"rhyme", "wit"}
+
+
+@pytest.mark.parametrize(("tune", "fuse"), [("lora", "rewards"), ("frozen", "rewards"), ("full", "states")])
+def test_a_point_comes_is_given_anew_and_goes_and_no_other_moves(tune, fuse, tmp_path, pairs, tiny_backbone) -> None:
+    data = write_pairs(tmp_path / "old.jsonl", labelled(pairs))
+    words = (f"tune={tune}", f"system.fuse={fuse}", "system.rank=4", "data.max_length=96", "pooling=mean")
+    run = train(given("dmoerm", tiny_backbone("bert"), data, tmp_path / "run", *words))
+    rows = [p for p in pairs if p.domain == "short"]
+    wit = write_pairs(tmp_path / "wit.jsonl", [replace(p, capability="wit", id=f"{p.id}/wit") for p in rows])
+    tone = write_pairs(tmp_path / "tone.jsonl", [replace(p.swapped(), id=f"{p.id}/turned") for p in rows])
+    more = extend(run, "short/wit", [str(wit)], out=tmp_path / "more")
+    other = replace_expert(more.run, "short/tone", [str(tone)], out=tmp_path / "other")
+    less = remove_expert(other.run, "short/size", out=tmp_path / "less")
+    trained_then = [[s["stage"] for s in card(made.run)["stages"]] for made in (more, other, less)]
+    assert trained_then == [
+        ["point/short--wit", "fusion/short"],
+        ["point/short--tone", "fusion/short"],
+        ["fusion/short"],
+    ]
+    golden = len(card(run)["golden"])
+    stay = [  # the other task and its points, and the points of the task
+        ["long", "long/size", "long/tone", "short/size", "short/tone"],
+        ["long", "long/size", "long/tone", "short/size", "short/wit"],
+        ["long", "long/size", "long/tone", "short/tone", "short/wit"],
+    ]
+    assert [(made.golden_difference, made.num_golden) for made in (more, other, less)] == [
+        (0.0, len(names) * golden) for names in stay
+    ]
+    assert card(less.run)["config"]["system"]["capabilities"]["short"] == ["tone", "wit"]
+    old, new = weights(more.run), weights(other.run)
+    assert any(not torch.equal(old[k], new[k]) for k in old if ".short--tone." in k)
+    reward = load(less.run, device="cpu").score([side(rows[0], "chosen")], expert="short", explain=True)[0]
+    assert set(reward.part_rewards) == {"tone", "wit"}
+    with pytest.raises(ConfigError, match="capability 'short/size' does not exist"):
+        remove_expert(less.run, "short/size", out=tmp_path / "none")
+    with pytest.raises(ConfigError, match="--data judges size, tone"):
+        extend(run, "short/wit", [str(data)], out=tmp_path / "none")
+    last = remove_expert(less.run, "short/tone", out=tmp_path / "last")
+    with pytest.raises(ConfigError, match="has no other point than 'wit'"):
+        remove_expert(last.run, "short/wit", out=tmp_path / "none")
 
 
 def test_a_run_killed_between_phases_goes_on_and_ends_with_the_same_bits(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moreward.checkpoint import space_errors, verify_folder
 from moreward.errors import RunError
-from moreward.runs import identity, model_folder, read_card
+from moreward.runs import changes_of, identity, model_folder, read_card
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def history(run: str | Path) -> list[Version]:
             break
         model = identity(folder)
         state = "another model is there now" if wanted not in ("", model) else ""
-        last = (card.get("changes") or [{"kind": "", "domain": ""}])[-1]
+        last = (changes_of(card) or [{"kind": "", "domain": ""}])[-1]
         change = f"{last['kind']} {last['domain']}".strip() or "trained"
         found.append(Version(place, model, change, tuple(card["domains"]), state))
         parent = card.get("parent")

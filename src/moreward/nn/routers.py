@@ -105,9 +105,13 @@ class PromptRouter(nn.Module):
 
     def forward(self, batch: Batch) -> Routing:
         """One row per prompt of the batch."""
+        return self.router(self.read(batch))  # type: ignore[no-any-return]
+
+    def read(self, batch: Batch) -> Tensor:
+        """`hidden_PD`: what the gate reads of each prompt of the batch."""
         if self.reads_trunk:
-            return self.router(self.backbone.read_trunk(batch.prompt_ids_PT, batch.prompt_mask_PT))  # type: ignore[no-any-return]
+            return self.backbone.read_trunk(batch.prompt_ids_PT, batch.prompt_mask_PT)
         adapter_P = None
         if self.adapter is not None:
             adapter_P = batch.prompt_ids_PT.new_full((len(batch.prompt_ids_PT),), self.adapter)
-        return self.router(self.backbone(batch.prompt_ids_PT, batch.prompt_mask_PT, adapter_P))  # type: ignore[no-any-return]
+        return self.backbone(batch.prompt_ids_PT, batch.prompt_mask_PT, adapter_P)  # type: ignore[no-any-return]

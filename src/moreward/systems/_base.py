@@ -23,9 +23,13 @@ from moreward.nn.features import FeatureStore
 from moreward.nn.lora import LoRABank
 from moreward.nn.losses import DomainLoss, Objective
 from moreward.nn.mixture import Routed
+from moreward.nn.replay import Replay, fit_gate, read_batches
+from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.types import Batch, Explanation, Preference, Rewards, Routing
 
 Tune = Literal["full", "lora", "frozen"]
+Axis = Literal["domain", "capability", "member", "objective"]
+Kind = Literal["extend", "replace", "remove"]
 Presets = Mapping[str, Mapping[str, Any]]
 Solve = Callable[[Iterable[Batch], Iterable[Batch]], Mapping[str, Any]]
 ROUTER = "@router"
@@ -222,14 +226,61 @@ class System(nn.Module):
         return self.num_parameters()
 
 
-class GatedSystem(System):
-    """An expert per domain behind a router that reads the prompt. Only here oracle and random routers, and `extend`,
-    have a meaning.
+class GrowingSystem(System):
+    """Experts that can come, go and be given anew, while the others stay as they are: what `extend`, `replace` and
+    `remove` need to know of a recipe."""
+
+    mixes: ClassVar[str] = ""
+    """How rewards can move in a change in which an expert does not, after "it comes"."""
+
+    @classmethod
+    def grows_by(cls, settings: Mapping[str, Any], label: str) -> Axis:
+        """What the expert `label`, which may not be there yet, stands for under these settings."""
+        return "domain"
+
+    @classmethod
+    def changed(cls, settings: Mapping[str, Any], kind: Kind, label: str) -> dict[str, Any]:
+        """A run's settings after a change. ConfigError where it cannot be made."""
+        return dict(settings)
+
+    def part_labels(self, axis: Axis) -> tuple[str, ...]:
+        """What users call the experts of a kind."""
+        return self.expert_labels
+
+    def names_of(self, label: str) -> tuple[str, ...]:
+        """The names under which the tensors of an expert are stored."""
+        return (self.expert_names[self.expert_labels.index(label)],)
+
+    def own_tensors(self, label: str) -> set[str]:
+        """The names of the stored tensors that one expert alone has: they go with it."""
+        return {k for k in self.saved_tensors() for name in self.names_of(label) if f".{name}." in k}
+
+    def moved_by(self, label: str) -> set[str]:
+        """The experts whose rewards a change of one may move."""
+        return {label}
+
+    def anew(self, label: str) -> set[str]:
+        """The names of stored tensors that a change of one expert computes anew, whatever shape they had."""
+        return set()
+
+    def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
+        """What a change takes: the expert, unless it goes, and what mixes the experts again. No other may move."""
+        raise NotImplementedError
+
+    def each_part(self, batch: Batch) -> dict[str, float]:
+        """What every expert says of the one conversation of `batch`, each computed by itself, so that the bits do not
+        depend on how many there are."""
+        raise NotImplementedError
+
+
+class GatedSystem(GrowingSystem):
+    """An expert per domain behind a router that reads the prompt. Only here oracle and random routers have a meaning.
 
     Subclasses set `self.routed` and say, by expert name, what each stage may move and what standardises it.
     """
 
     routed: Routed[Any]
+    mixes: ClassVar[str] = "by the router, which sends prompts to other experts or weighs them otherwise"
 
     @property
     def expert_labels(self) -> tuple[str, ...]:
@@ -259,6 +310,22 @@ class GatedSystem(System):
     def standardizer(self, name: str) -> Standardize:
         raise NotImplementedError
 
+    def own_tensors(self, label: str) -> set[str]:
+        """As above; a zero and unit that all share are not among them."""
+        name = self.expert_names[self.domains.index(label)]
+        units = {id(b) for other in self.expert_names if other != name for b in self.standardizer(other).buffers()}
+        mine = {id(p) for p in self.expert_parameters(name)}
+        mine |= {id(b) for b in self.standardizer(name).buffers()} - units
+        named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        return {k for k, v in named if id(v) in mine}
+
+    def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
+        return [self.router_stage()] if kind == "remove" else self.new_domain_stages(label, pairwise)
+
+    def each_part(self, batch: Batch) -> dict[str, float]:
+        alone = [torch.tensor([[e]], device=batch.ids_NT.device) for e in range(len(self.domains))]
+        return {name: float(self.judge(batch, e_11)) for name, e_11 in zip(self.domains, alone, strict=True)}
+
     def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
         """What a domain that comes later takes: its expert, and the router again. No old expert may move."""
         return [*self.expert_stages(domain, pairwise), self.router_stage()]
@@ -284,6 +351,23 @@ class GatedSystem(System):
             name="router", module=self.routed.router, learn=tuple(self.router_parameters()), objective=DomainLoss()
         )
 
+    def replay_stage(self, earlier: Replay) -> Stage:
+        """As the router stage, without the old domains' prompts: the router's encoder stays as it is, so that what it
+        said of them stays true, and the gate alone is fitted, on `earlier` and on what is at hand."""
+        router = self.routed.router
+        assert isinstance(router.router, TopKRouter)
+        gate = router.router.gate
+
+        def solve(train: Iterable[Batch], held_out: Iterable[Batch]) -> Mapping[str, Any]:
+            new = [
+                read_batches(router, batches, self.domains, held_out=is_held_out)
+                for batches, is_held_out in ((train, False), (held_out, True))
+            ]
+            return fit_gate(gate, earlier.of(self.domains) + new[0] + new[1])
+
+        learn = tuple(router.router.parameters())
+        return Stage(name="gate", module=router, learn=learn, objective=DomainLoss(), solve=solve)
+
 
 class RoutedSystem(GatedSystem):
     """What RODOS and ARLISS share: experts that have nothing in common but a frozen backbone, a stage for each."""
@@ -291,6 +375,13 @@ class RoutedSystem(GatedSystem):
     def stages(self, pairwise: Objective) -> list[Stage]:
         experts = [stage for domain in self.domains for stage in self.expert_stages(domain, pairwise)]
         return [*experts, self.router_stage()]
+
+
+def gate_of(system: System) -> PromptRouter | None:
+    """The router whose gate is linear in what it reads of a prompt, so that it can be fitted on that alone."""
+    if isinstance(system, GatedSystem) and isinstance(system.routed.router.router, TopKRouter):
+        return system.routed.router
+    return None
 
 
 def expert_names(domains: Sequence[str]) -> tuple[str, ...]:

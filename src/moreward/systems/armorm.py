@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -22,7 +23,17 @@ from moreward.nn.experts import OneExpert, Standardize
 from moreward.nn.gates import ObjectiveGate, read_with_prompts
 from moreward.nn.losses import Objective
 from moreward.nn.ridge import fit_ridge
-from moreward.systems._base import Presets, Stage, System, SystemConfig, Tune, expert_names, prepare_backbone
+from moreward.systems._base import (
+    Axis,
+    GrowingSystem,
+    Kind,
+    Presets,
+    Stage,
+    SystemConfig,
+    Tune,
+    expert_names,
+    prepare_backbone,
+)
 from moreward.types import Batch, Explanation, Rewards, Routing
 
 log = logging.getLogger(__name__)
@@ -113,7 +124,7 @@ class Probes(nn.Module):
         return reward_NK.gather(1, expert_N[:, None])[:, 0].float()
 
 
-class Recipe(System):
+class Recipe(GrowingSystem):
     """Stage 1: a probe for each objective, by ridge regression on ratings; stage 2: the gate, on pairs.
 
     Without ratings there is a probe for each domain, fitted to its pairs (ours): then the gate weighs domains.
@@ -182,6 +193,41 @@ class Recipe(System):
     def expert_labels(self) -> tuple[str, ...]:
         return self.objectives
 
+    # ---- changes: an objective's probe, then the gate again
+
+    mixes: ClassVar[str] = "by the gate, which weighs the objectives anew"
+
+    @classmethod
+    def grows_by(cls, settings: Mapping[str, Any], label: str) -> Axis:
+        return "objective" if settings.get("objectives") else "domain"
+
+    @classmethod
+    def changed(cls, settings: Mapping[str, Any], kind: Kind, label: str) -> dict[str, Any]:
+        if cls.grows_by(settings, label) == "domain":
+            return dict(settings)
+        if kind == "replace":
+            raise ConfigError(f"objective {label!r}: ratings of both kinds would be mixed; remove it, then add it")
+        left = [name for name in settings["objectives"] if name != label]
+        return {**settings, "objectives": [*left, label] if kind == "extend" else left}
+
+    def names_of(self, label: str) -> tuple[str, ...]:
+        return (self.names[self.objectives.index(label)],)
+
+    def anew(self, label: str) -> set[str]:
+        return {"debias_AK", "length_mean", "length_std"} if self.config.debias else {"debias_AK"}
+
+    def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
+        mixed = [*([self._debias_stage(pairwise)] if self.config.debias else []), self._gate_stage(pairwise)]
+        if kind == "remove":
+            return mixed
+        if self.config.objectives:
+            return [self._ratings_stage(pairwise, (label,)), *mixed]
+        return [self._domain_stage(self.objectives.index(label), label, pairwise), *mixed]
+
+    def each_part(self, batch: Batch) -> dict[str, float]:
+        reward_1K = self.probes.read(self.probes.backbone(batch.ids_NT, batch.mask_NT))
+        return dict(zip(self.objectives, reward_1K[0].tolist(), strict=True))
+
     def forward(self, batch: Batch) -> Rewards:
         hidden_ND, prompt_PD = read_with_prompts(self.probes.backbone, batch)
         attribute_NA = self._attributes(hidden_ND, batch)
@@ -225,24 +271,25 @@ class Recipe(System):
 
     def stages(self, pairwise: Objective) -> list[Stage]:
         if self.config.objectives:
-            stages = [self._ratings_stage(pairwise)]
+            stages = [self._ratings_stage(pairwise, self.objectives)]
         else:
             stages = [self._domain_stage(k, domain, pairwise) for k, domain in enumerate(self.domains)]
         if self.config.debias:
             stages.append(self._debias_stage(pairwise))
-        return [
-            *stages,
-            Stage(name="gate", module=self, learn=tuple(self.gate.parameters()), objective=pairwise),
-        ]
+        return [*stages, self._gate_stage(pairwise)]
 
-    def _ratings_stage(self, pairwise: Objective) -> Stage:
+    def _gate_stage(self, pairwise: Objective) -> Stage:
+        return Stage(name="gate", module=self, learn=tuple(self.gate.parameters()), objective=pairwise)
+
+    def _ratings_stage(self, pairwise: Objective, objectives: Sequence[str]) -> Stage:
+        probes = [self.probes.probe(self.names[self.objectives.index(one)]) for one in objectives]
         return Stage(
             name="objectives",
             module=self,
-            learn=tuple(self.probes.probes.parameters()),
+            learn=tuple(parameter for probe in probes for parameter in probe.parameters()),
             objective=pairwise,
             rated=True,
-            solve=self.solve_objectives,
+            solve=partial(self.solve_objectives, objectives),
         )
 
     def _domain_stage(self, index: int, domain: str, pairwise: Objective) -> Stage:
@@ -266,15 +313,18 @@ class Recipe(System):
             keep=(self.debias_AK, self.length_mean, self.length_std),
         )
 
-    def solve_objectives(self, train: Iterable[Batch], val: Iterable[Batch]) -> Mapping[str, Any]:
+    def solve_objectives(
+        self, objectives: Sequence[str], train: Iterable[Batch], val: Iterable[Batch]
+    ) -> Mapping[str, Any]:
         """Ridge regression per objective; alpha by the squared error on the held-out conversations."""
         (x_ND, y_NK), (val_x_ND, val_y_NK) = self._rated(train), self._rated(val)
         told: dict[str, Any] = {}
-        for k, (objective, name) in enumerate(zip(self.objectives, self.names, strict=True)):
+        for objective in objectives:
+            k = self.objectives.index(objective)
             if bool(y_NK[:, k].isnan().all()):
                 raise DataError(f"data.ratings: no conversation of the training part is rated for {objective!r}")
             fit = fit_ridge((x_ND, y_NK[:, k]), (val_x_ND, val_y_NK[:, k]), intercept=self.config.intercept)
-            probe = self.probes.probe(name)
+            probe = self.probes.probe(self.names[k])
             probe.weight.copy_(fit.weight_D[None])
             if self.config.intercept:
                 probe.bias.fill_(fit.bias)

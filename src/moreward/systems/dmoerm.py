@@ -7,7 +7,7 @@ N conversations, E tasks, K points of a task, D hidden.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from moreward.data.points import load_points
 from moreward.data.split import split_by_group
-from moreward.errors import DataError
+from moreward.errors import ConfigError, DataError
 from moreward.nn.backbone import Backbone
 from moreward.nn.experts import (
     AdapterExperts,
@@ -34,6 +34,8 @@ from moreward.nn.mixture import Routed
 from moreward.nn.routers import PromptRouter, TopKRouter
 from moreward.systems._base import (
     ROUTER,
+    Axis,
+    Kind,
     LoRAConfig,
     Presets,
     RoutedSystem,
@@ -157,6 +159,74 @@ class Recipe(RoutedSystem):
             found[p.domain] |= {p.capability} - {""}
         new = {task: tuple(configured.get(task) or sorted(names)) for task, names in sorted(found.items())}
         return config.model_copy(update={"capabilities": {**new, **(config.capabilities or {})}})
+
+    # ---- changes: of a task with its points, or of one point, `task/point`, and the fusion that reads it
+
+    @classmethod
+    def grows_by(cls, settings: Mapping[str, Any], label: str) -> Axis:
+        return "capability" if label.rpartition("/")[0] in (settings.get("capabilities") or {}) else "domain"
+
+    @classmethod
+    def changed(cls, settings: Mapping[str, Any], kind: Kind, label: str) -> dict[str, Any]:
+        known = settings.get("capabilities") or {}
+        if cls.grows_by(settings, label) == "domain":  # the points of the task may be others
+            return {**settings, "capabilities": {task: names for task, names in known.items() if task != label}}
+        task, _, point = label.rpartition("/")
+        left = [name for name in known[task] if kind == "replace" or name != point]
+        left += [point] if kind == "extend" else []
+        if not left or (kind == "extend" and len(left) == 1):
+            raise ConfigError(f"task {task!r} has no other point than {point!r}: replace the whole task")
+        return {**settings, "capabilities": {**known, task: left}}
+
+    def part_labels(self, axis: Axis) -> tuple[str, ...]:
+        if axis == "domain":
+            return self.domains
+        return tuple(self._label(point) for point in self.points)
+
+    def _label(self, point: _Point) -> str:
+        return f"{self.domains[point.task]}/{point.capability}"
+
+    def names_of(self, label: str) -> tuple[str, ...]:
+        if label not in self.domains:
+            return tuple(point.name for point in self.points if self._label(point) == label)
+        task = self.domains.index(label)
+        return (self.expert_names[task], *(point.name for point in self._of(task)))
+
+    def own_tensors(self, label: str) -> set[str]:
+        """All that stands under the names of the task and its points, or of the point."""
+        return {k for k in self.saved_tensors() for name in self.names_of(label) if f".{name}." in k}
+
+    def anew(self, label: str) -> set[str]:
+        """The fusion that reads a point reads others afterwards."""
+        domain = label.rpartition("/")[0]
+        if label in self.domains or domain not in self.domains:
+            return set()
+        name = self.expert_names[self.domains.index(domain)]
+        mixture = self.routed.experts
+        theirs = [*mixture.fusions[name].parameters(), *mixture.fusions[name].buffers()]
+        mine = {id(t) for t in (*theirs, *mixture.standardize[name].buffers())}
+        return {k for k, v in self.saved_tensors().items() if id(v) in mine}
+
+    def moved_by(self, label: str) -> set[str]:
+        if label not in self.domains:
+            return {label, label.rpartition("/")[0]}
+        task = self.domains.index(label)
+        return {label, *(self._label(point) for point in self._of(task))}
+
+    def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
+        task, _, name = label.rpartition("/")
+        if label in self.domains or task not in self.domains:
+            return super().change_stages(kind, label, pairwise)
+        self._check([task])
+        number = self.domains.index(task)
+        new = [point for point in self._of(number) if point.capability == name]
+        return [*(self.point_stage(point, pairwise) for point in new), self.fusion_stage(number, pairwise)]
+
+    def each_part(self, batch: Batch) -> dict[str, float]:
+        """The tasks, and every point by itself."""
+        alone = {self._label(point): torch.tensor([point.member], device=batch.ids_NT.device) for point in self.points}
+        points = {label: float(self.members(batch, member_1)) for label, member_1 in alone.items()}
+        return {**super().each_part(batch), **points}
 
     def __init__(self, config: DmoermConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__(config, backbone, domains)

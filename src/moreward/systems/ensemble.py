@@ -7,7 +7,8 @@ K members.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,7 +29,18 @@ from moreward.nn.experts import (
 )
 from moreward.nn.losses import Objective
 from moreward.registry import find_recipe
-from moreward.systems._base import LoRAConfig, Presets, Stage, System, learnable, new_head, own_copy, prepare_backbone
+from moreward.systems._base import (
+    Axis,
+    GrowingSystem,
+    Kind,
+    LoRAConfig,
+    Presets,
+    Stage,
+    learnable,
+    new_head,
+    own_copy,
+    prepare_backbone,
+)
 from moreward.types import Batch, Rewards, Routing
 
 
@@ -46,6 +58,7 @@ class EnsembleConfig(LoRAConfig):
     num_members: int = Field(5, ge=2, description="models that differ by their start and the order of the pairs")
     how: How = Field("mean", description="mean, median, worst, uncertainty: mean - λ variance, deviation: mean - λ sd")
     caution: float = Field(0.5, ge=0, description="λ of uncertainty and deviation")
+    names: tuple[str, ...] = Field((), description="what the members are called; by default member-0, member-1, …")
     raw: bool = Field(False, description="mix raw rewards, which have no common unit: the loudest member decides")
     runs: tuple[Member, ...] = Field((), description="finished runs as members: written by `moreward ensemble`")
 
@@ -55,8 +68,22 @@ class EnsembleConfig(LoRAConfig):
             raise ValueError(f"num_members must be the number of runs, {len(self.runs)}")
         return self
 
+    @model_validator(mode="after")
+    def _one_name_for_each_member(self) -> Self:
+        bad = [name for name in self.names if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name)]
+        if self.names and (bad or len({*self.names}) != self.num_members or len(self.names) != self.num_members):
+            raise ValueError(
+                f"names: num_members different ones, {self.num_members}, of small letters, digits, - and _ "
+                f"(got {', '.join(self.names)})"
+            )
+        return self
 
-class Recipe(System):
+    @property
+    def member_names(self) -> tuple[str, ...]:
+        return self.names or tuple(f"member-{k}" for k in range(self.num_members))
+
+
+class Recipe(GrowingSystem):
     """K whole models, K adapters with a head each on one backbone, or K heads on a frozen one. Every row is judged by
     all, each in its own unit; `how` makes one reward of theirs. Median, deviation and standardisation are ours."""
 
@@ -75,10 +102,11 @@ class Recipe(System):
         "practical": {},
     }
     config: EnsembleConfig
+    mixes: ClassVar[str] = "by the rule that makes one reward of all members, which are others now"
 
     def __init__(self, config: EnsembleConfig, backbone: Backbone, domains: Sequence[str]) -> None:
         super().__init__(config, backbone, domains)
-        self.names = tuple(f"member-{k}" for k in range(config.num_members))
+        self.names = config.member_names
         self.members = self._members(backbone)
 
     def _members(self, backbone: Backbone) -> AdapterExperts | SeparateExperts:
@@ -94,6 +122,34 @@ class Recipe(System):
     @property
     def member_labels(self) -> tuple[str, ...]:
         return self.names
+
+    # ---- changes: members know nothing of each other, so only a new one is trained
+
+    @classmethod
+    def grows_by(cls, settings: Mapping[str, Any], label: str) -> Axis:
+        return "member"
+
+    @classmethod
+    def changed(cls, settings: Mapping[str, Any], kind: Kind, label: str) -> dict[str, Any]:
+        config = EnsembleConfig.model_validate(settings)
+        if config.runs:
+            raise ConfigError("an ensemble of finished runs is made again from others of them: moreward ensemble")
+        names = [name for name in config.member_names if kind == "replace" or name != label]
+        names += [label] if kind == "extend" else []
+        return {**settings, "names": names, "num_members": len(names)}
+
+    def part_labels(self, axis: Axis) -> tuple[str, ...]:
+        return self.names
+
+    def names_of(self, label: str) -> tuple[str, ...]:
+        return (label,)
+
+    def change_stages(self, kind: Kind, label: str, pairwise: Objective) -> list[Stage]:
+        return [] if kind == "remove" else [self._stage(self.names.index(label), label, pairwise)]
+
+    def each_part(self, batch: Batch) -> dict[str, float]:
+        alone = [torch.tensor([k], device=batch.ids_NT.device) for k in range(len(self.names))]
+        return {name: float(self.members(batch, k_1)) for name, k_1 in zip(self.names, alone, strict=True)}
 
     def forward(self, batch: Batch) -> Rewards:
         """Raises ConfigError where a member has no zero and unit yet, unless `raw`."""

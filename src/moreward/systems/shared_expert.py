@@ -85,6 +85,10 @@ class Recipe(GatedSystem):
     Config = SharedExpertConfig
     presets: ClassVar[Presets] = {"paper": {}, "practical": {}}
     tunes = ("lora", "frozen")
+    mixes: ClassVar[str] = (
+        "by the gate, which on every prompt adds what all own experts say, each by its weight: those that stay have "
+        "other weights, and what comes or goes counts on old domains too"
+    )
     config: SharedExpertConfig
     routed: Routed[SharedAndOwn]
 

@@ -44,8 +44,8 @@ def calibrate(
     margin_B, expert_B = _margins(scorer, pairs)
     temperatures = fit_temperatures(margin_B, expert_B)
     tempered_B = out_of_fold(margin_B, expert_B, linked_groups(pairs))
-    known_prompts, domain_P = _prompts(known)
-    usual_prompts, _ = _prompts(usual)
+    known_prompts, domain_P = spaced_prompts(known)
+    usual_prompts, _ = spaced_prompts(usual)
     report: dict[str, Any] = {
         "pairs": len(pairs),
         "pairs_left_out": len(judged) - len(pairs),
@@ -72,17 +72,19 @@ def _too_few(expert_B: Sequence[str]) -> list[str]:
     return [e for e in sorted(set(expert_B) - {EVERYONE}) if expert_B.count(e) < MIN_PAIRS]
 
 
-def _prompts(pairs: Sequence[EncodedPair]) -> tuple[list[tuple[int, ...]], list[str]]:
-    """Distinct prompts with their domains, in an order that is not that of the pairs."""
+def spaced_prompts(
+    pairs: Sequence[EncodedPair], limit: int = PROMPTS_PER_DOMAIN
+) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Distinct prompts with their domains, `limit` of a domain, in an order that is not that of the pairs."""
     by_domain: dict[str, set[tuple[int, ...]]] = {}
     for pair in pairs:
         by_domain.setdefault(pair.preference.domain, set()).add(tuple(pair.chosen.prompt_ids))
-    chosen = [(ids, domain) for domain in sorted(by_domain) for ids in _spaced(sorted(by_domain[domain]))]
+    chosen = [(ids, domain) for domain in sorted(by_domain) for ids in _spaced(sorted(by_domain[domain]), limit)]
     return [ids for ids, _ in chosen], [domain for _, domain in chosen]
 
 
-def _spaced(prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    keep = np.linspace(0, len(prompts) - 1, min(len(prompts), PROMPTS_PER_DOMAIN)).round().astype(int)
+def _spaced(prompts: list[tuple[int, ...]], limit: int) -> list[tuple[int, ...]]:
+    keep = np.linspace(0, len(prompts) - 1, min(len(prompts), limit)).round().astype(int)
     return [prompts[i] for i in keep]
 
 

@@ -114,7 +114,7 @@ def distil(
         )
         reports = work.fit([stage])
         agreement = _agreement(work, val)
-        told = {
+        told: dict[str, Any] = {
             "distilled": {
                 "texts": {"train": len(work.rated[0]), "val": len(work.rated[1]), "too_long_for_the_teacher": too_long},
                 "layers": layers,

@@ -27,10 +27,12 @@ from moreward.calibration import Calibration, how_to_get_it
 from moreward.checkpoint import CheckpointStore, space_errors
 from moreward.config import RunConfig, deviations, resolve
 from moreward.data.batches import (
+    Encoded,
     EncodedPair,
     EncodedRated,
     EncodedSet,
     Encoder,
+    conversation_batch,
     encode_pairs,
     encode_rated,
     side,
@@ -54,15 +56,16 @@ from moreward.nn.backbone import Backbone, directory_sha256, load_tokenizer
 from moreward.nn.features import FeatureStore, cache_folder
 from moreward.nn.linear import fingerprint
 from moreward.nn.losses import PairwiseLoss
+from moreward.nn.replay import Replay, read_batches
 from moreward.nn.trunk import TrunkStore
 from moreward.registry import find_recipe, near
 from moreward.runs import write_model
 from moreward.scoring import Scorer
-from moreward.systems._base import Stage, System
-from moreward.train.calibrate import calibrate
+from moreward.systems._base import Stage, System, gate_of
+from moreward.train.calibrate import calibrate, spaced_prompts
 from moreward.train.loop import Fit, Surroundings, make_accelerator
 from moreward.train.track import MetricsFile, Reporter, Silent
-from moreward.types import Conversation, Preference
+from moreward.types import Batch, Conversation, Preference
 
 log = logging.getLogger(__name__)
 
@@ -233,8 +236,7 @@ def open_run(config: RunConfig) -> Iterator[Path]:
     if not config.out:
         raise ConfigError("out: is required: the folder of the run, e.g. out=runs/a")
     run = Path(config.out)
-    if (run / "model" / "moreward.json").exists():
-        raise RunError(f"{run}: holds a finished run. Choose another out, or remove the folder to train it again.")
+    refuse_taken(config)
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
@@ -245,6 +247,26 @@ def open_run(config: RunConfig) -> Iterator[Path]:
             _hold(lock, run)
             _settle_config(config, run)
         yield run
+
+
+def refuse_taken(config: RunConfig) -> None:
+    """RunError where the run folder holds a finished run, or an unfinished one of another configuration."""
+    run = Path(config.out)
+    if (run / "model" / "moreward.json").exists():
+        raise RunError(f"{run}: holds a finished run. Choose another out, or remove the folder to train it again.")
+    if (stored := _begun_with(run)) and (differs := differences(stored, config)):
+        raise RunError(
+            f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
+            "Start it with the old one, choose another out, or remove the folder."
+        )
+
+
+def _begun_with(run: Path) -> dict[str, Any] | None:
+    """The configuration of a run that goes on; None where nothing is trained yet: a kill may have cut the file."""
+    stored = run / "config.yaml"
+    if not (stored.exists() and (run / "checkpoints").exists()):
+        return None
+    return dict(yaml.safe_load(stored.read_text(encoding="utf-8")))
 
 
 def is_main_process() -> bool:
@@ -261,14 +283,11 @@ def _hold(lock: TextIO, run: Path) -> None:
 
 
 def _settle_config(config: RunConfig, run: Path) -> None:
-    stored = run / "config.yaml"
-    if not (stored.exists() and (run / "checkpoints").exists()):  # nothing is trained yet; a kill may have cut the file
-        stored.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    elif differs := differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config):
-        raise RunError(
-            f"{run}: an unfinished run of another configuration ({'; '.join(differs)}). "
-            "Start it with the old one, choose another out, or remove the folder."
-        )
+    if _begun_with(run) is None:
+        told = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (run / "config.yaml").write_text(told, encoding="utf-8")
+    else:
+        refuse_taken(config)  # another process may have begun it since
 
 
 def differences(stored: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -429,19 +448,51 @@ class Work:
             "backbone_sha256": directory_sha256(self.config.backbone),
         }
 
-    def write(self, reports: list[dict[str, Any]], **more: Any) -> None:
-        """The model directory with its card, then the end of the checkpoints."""
+    def write(
+        self,
+        reports: list[dict[str, Any]],
+        *,
+        earlier: Replay | None = None,
+        golden: Sequence[Conversation] = (),
+        **more: Any,
+    ) -> None:
+        """The model directory with its card, then the end of the checkpoints. `earlier` is what an earlier version kept
+        of prompts that are not at hand now, `golden` are its golden texts."""
         if not self.accelerator.is_main_process:
             return
         card = {**self.card(reports), **more}
         store = self.system.backbones()[0].store
         scorer = Scorer(self.system, self.encoder, card, device=str(self.accelerator.device))
-        card["golden"] = scorer.golden(golden_items(self.pairs.val or self.pairs.train) or self._golden_rated())
-        calibration = self._calibrate(scorer, store)
+        texts = golden_items(self.pairs.val or self.pairs.train)[: NUM_GOLDEN // 4 if golden else None]
+        card["golden"] = scorer.golden([*golden, *texts] or self._golden_rated())
+        calibration = self._calibrate(scorer, store) if earlier is None else None
         card["calibration"] = calibration and calibration.report
-        write_model(self.run, self.system.cpu(), self.encoder, card, calibration)
+        replay = self._replay(earlier)
+        write_model(self.run, self.system.cpu(), self.encoder, card, calibration, replay)
         if not self.config.train.keep_checkpoints:
             shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+
+    def _replay(self, earlier: Replay | None) -> Replay | None:
+        """What the gate reads of some prompts of each domain, and `earlier`; None where there is no such gate."""
+        limit, router = self.config.train.replay, gate_of(self.system)
+        if not limit or router is None:
+            return None
+        known, held_out = (
+            read_batches(router, self._prompt_batches(pairs, num), self.domains, held_out=is_held_out)
+            for pairs, num, is_held_out in ((self.train.pairs, limit, False), (self.val.pairs, -(-limit // 4), True))
+        )
+        found = known + held_out
+        return found if earlier is None else earlier.of(self.domains) + found
+
+    def _prompt_batches(self, pairs: Sequence[EncodedPair], limit: int) -> Iterator[Batch]:
+        """Some prompts of each domain, of like length together."""
+        prompts, domains = spaced_prompts([p for p in pairs if p.domain >= 0 and p.chosen.prompt_ids], limit)
+        rows = sorted(zip(prompts, domains, strict=True), key=lambda row: len(row[0]))
+        for start in range(0, len(rows), self.config.train.batch_size):
+            chunk = rows[start : start + self.config.train.batch_size]
+            encoded = [Encoded(ids, ids, 0) for ids, _ in chunk]
+            numbers = [self.domains.index(domain) for _, domain in chunk]
+            yield conversation_batch(encoded, numbers, self.encoder.pad_id).to(self.accelerator.device)
 
     def _golden_rated(self) -> list[Conversation]:
         """For a run that learned from rated conversations alone."""
