@@ -15,6 +15,7 @@ from moreward.errors import ConfigError
 from moreward.nn import attention
 from moreward.nn.adapted import Kept
 from moreward.nn.backbone import Backbone
+from moreward.nn.families import deberta_v2
 from moreward.nn.lora import LoRABank
 
 PACKED = ("bert", "deberta-v2", "llama", "qwen2", "qwen3")
@@ -89,6 +90,19 @@ def test_packed_equals_the_models_own_code_gradients_included(backbones, kind, p
     ids_NT, mask_NT, adapter_N = batch_of(cases, backbone.config.vocab_size, seed)
     told = (ids_NT, mask_NT, adapter_N if adapted else None)
     assert_equal(run(backbone, *told, packed=True), run(backbone, *told, packed=False))
+
+
+@settings(max_examples=20)
+@given(cases=cases, seed=st.integers(0, 99), adapted=st.booleans())
+def test_debertas_segments_padded_for_a_gpu_equal_its_own_code_gradients_included(backbones, cases, seed, adapted):
+    backbone = backbones("deberta-v2", "own")
+    ids_NT, mask_NT, adapter_N = batch_of(cases, backbone.config.vocab_size, seed)
+    told = (ids_NT, mask_NT, adapter_N if adapted else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deberta_v2, "pads", lambda q_THd: True)
+        patch.setitem(deberta_v2.BLOCK, "cpu", 512)
+        padded = run(backbone, *told, packed=True)
+    assert_equal(padded, run(backbone, *told, packed=False))
 
 
 @pytest.mark.parametrize("kind", PACKED)
