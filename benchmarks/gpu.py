@@ -196,9 +196,9 @@ class Models:
         bank = ours.bank
         assert bank is not None
         inside = "" if ours.pooling == "own" else f"{ours.base_prefix}."
+        model = None if self._peft else shapes.headless(shapes.classifier(self.shape).to(self.device))
         with torch.device(self.device):
-            if self._peft is None:
-                model = shapes.headless(shapes.classifier(self.shape).to(self.device))
+            if model is not None:
                 self._peft = get_peft_model(model, settings, adapter_name="0").eval()
             for number in range(len(self._peft.peft_config), num_adapters):
                 self._peft.add_adapter(str(number), settings)
