@@ -149,6 +149,8 @@ def _begin(
         raise ConfigError(
             f"recipe {old.recipe!r} has no expert per domain, so it cannot be {DONE[kind]}: train it again"
         )
+    if made_by := find_recipe(old.recipe).made_by:
+        raise ConfigError(f"recipe {old.recipe!r} cannot be {DONE[kind]}: make a new run by {made_by}")
     if kind != "extend" and find_recipe(old.recipe).uses_capabilities:
         raise ConfigError(f"recipe {old.recipe!r}: tasks can be added, but not replaced or removed: train it again")
     domains = _domains_after(kind, domain, card["domains"])
