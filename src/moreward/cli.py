@@ -23,6 +23,7 @@ from moreward.cli_domains import EPILOG as DOMAINS_EPILOG
 from moreward.cli_domains import domains
 from moreward.cli_export import export
 from moreward.cli_grow import add_commands as add_grow_commands
+from moreward.cli_import import import_command
 from moreward.cli_label import EPILOG, label
 from moreward.cli_merge import add_commands
 from moreward.cli_serve import serve
@@ -49,6 +50,7 @@ app.add_typer(data_app, name="data")
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command()(serve)
 app.command()(export)
+app.command("import")(import_command)
 add_grow_commands(app)
 app.command()(verify)
 add_commands(app)

@@ -9,6 +9,7 @@ run/
     moreward.json      recipe, domains, settings, deviations, data and training reports, golden rewards
     model.safetensors  every tensor that the pretrained backbone does not hold
     backbone/          config.json and tokenizer of the backbone
+    strangers/NAME/    the tokenizer of an imported expert
     experts/NAME/      a PEFT adapter directory per expert, where experts are adapters
     manifest.json      size and SHA-256 of every file
     replay.safetensors what the gate reads of some prompts of each domain, where there is a router
@@ -102,7 +103,7 @@ def _write_files(
 
     (temporary / "backbone").mkdir(parents=True)
     backbone = system.backbones()[0]
-    encoder.tokenizer.save_pretrained(temporary / "backbone")
+    encoder.save(temporary)
     backbone.config.save_pretrained(temporary / "backbone")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in system.saved_tensors().items()}
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
@@ -142,7 +143,9 @@ def read_model(run: str | Path, *, backbone: str | None = None) -> tuple[System,
     recipe = find_recipe(config.recipe)
     settings = recipe.Config.model_validate(config.system)
     tokenizer = load_tokenizer(str(folder / "backbone"))
-    encoder = Encoder(tokenizer, config.data.max_length, config.data.input_template)
+    encoder = recipe.reads_with(
+        settings, Encoder(tokenizer, config.data.max_length, config.data.input_template), folder
+    )
     with torch.random.fork_rng(devices=[]):
         system = recipe(settings, load_backbone(folder, card, backbone), card["domains"])
     from safetensors import SafetensorError

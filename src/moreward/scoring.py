@@ -390,7 +390,7 @@ class Scorer:
         for rows, batch in self._batches([items[i] for i in once], [encoded[i] for i in once]):
             for row, routed in zip(rows, self._routed(batch, routes, seed), strict=True):
                 e = encoded[once[row]]
-                found[once[row]] = RoutedReward(**routed, num_tokens=len(e.ids), truncated=e.truncated)
+                found[once[row]] = RoutedReward(**routed, num_tokens=e.num_tokens, truncated=e.truncated)
         return [found[first] for first in firsts]
 
     def keep_features(self, store: FeatureStore) -> None:
@@ -447,11 +447,12 @@ class Scorer:
         that give it, by their domains, the coarsest counting. Without experts per domain, of all parts."""
         system = self.system
         if isinstance(system, GatedSystem):
-            name_of = dict(zip(system.domains, system.expert_names, strict=True))
-            used = [system.standardizer(name_of[domain]) for domain in experts]
+            name_of = dict(zip(system.expert_labels, system.expert_names, strict=True))
+            used = [(system.standardizer(name), system.raw_size(name)) for name in map(name_of.__getitem__, experts)]
         else:
-            used = [module for module in system.modules() if isinstance(module, Standardize)]
-        rounding = [RAW_TOLERANCE * max(1.0, abs(float(one.mean))) / float(one.std) for one in used]
+            parts = [module for module in system.modules() if isinstance(module, Standardize)]
+            used = [(part, max(1.0, abs(float(part.mean)))) for part in parts]
+        rounding = [RAW_TOLERANCE * size / float(unit.std) for unit, size in used]
         return max([GOLDEN_TOLERANCE, *rounding])
 
     def _encode(self, items: Sequence[Conversation | Rendered], on_long: str) -> list[Encoded]:
@@ -465,8 +466,8 @@ class Scorer:
         if encoded.truncated and on_long != "truncate":
             name = f"items[{i}] ({item.id})" if item.id else f"items[{i}]"
             raise DataError(
-                f"{name}: {len(encoded.ids) + encoded.num_dropped} tokens, the limit is "
-                f"{self.encoder.max_length}. Shorten it, or allow truncation (on_long='truncate', --truncate)."
+                f"{name}: {self.encoder.too_long(encoded)}. Shorten it, or allow truncation (on_long='truncate', "
+                "--truncate)."
             )
         return encoded
 
@@ -475,7 +476,9 @@ class Scorer:
     ) -> Iterator[tuple[list[int], Batch]]:
         """Rows for one forward each, up to a number of tokens: in order of arrival where nothing is padded, else rows
         of similar length together."""
-        domain_of = {name: i for i, name in enumerate(self.domains)}
+        # For the oracle router, which takes the expert of the row's domain: experts may have names of their own.
+        labels = self.experts if isinstance(self.system, GatedSystem) else self.domains
+        domain_of = {name: i for i, name in enumerate(labels)}
         for rows in self._chunks(encoded):
             domains = [domain_of.get(items[r].domain, -1) for r in rows]
             batch = conversation_batch([encoded[r] for r in rows], domains, self.encoder.pad_id)
@@ -722,7 +725,7 @@ def pick_device(name: str, *, key: str = "device") -> torch.device:
 
 
 def _named(reward: Reward, name: str, encoded: Encoded) -> Reward:
-    return replace(reward, num_tokens=len(encoded.ids), truncated=encoded.truncated, id=name)
+    return replace(reward, num_tokens=encoded.num_tokens, truncated=encoded.truncated, id=name)
 
 
 def _probability(first: Reward, second: Reward, calibration: Calibration) -> float:

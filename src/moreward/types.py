@@ -123,6 +123,15 @@ class Rated:
     source: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class OwnIds:
+    """A conversation as an expert with a tokenizer of its own reads it. `second` is where the second text of a joined
+    pair begins, for models that have an embedding for each; the length where there is one text."""
+
+    ids: tuple[int, ...]
+    second: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Tokenised conversations. Where `is_pairs`, rows 0..B-1 are chosen and rows B..2B-1 rejected.
@@ -130,7 +139,8 @@ class Batch:
     A router reads `prompt_ids_PT` only: it cannot see a response. `prompt_of_N[n]` is the prompt row of
     conversation n, so all the responses to one prompt are routed together. `domain_N` is -1 where unknown.
     `weight_B` is None where every pair weighs 1. `ratings_NK` (NaN where missing) are there for rated conversations,
-    `expert_N`, the expert that each conversation trains, in a stage that holds several.
+    `expert_N`, the expert that each conversation trains, in a stage that holds several. `own_ids_NE` are there where
+    experts have tokenizers of their own.
     """
 
     ids_NT: Tensor
@@ -146,6 +156,7 @@ class Batch:
     truncated_N: Tensor | None = None
     ratings_NK: Tensor | None = None
     expert_N: Tensor | None = None
+    own_ids_NE: tuple[tuple[OwnIds, ...], ...] = ()
 
     def __len__(self) -> int:
         return int(self.ids_NT.shape[0])
@@ -176,6 +187,7 @@ class Batch:
             truncated_N=None,
             ratings_NK=None,
             expert_N=None,
+            own_ids_NE=tuple(self.own_ids_NE[n] for n in index.tolist()) if self.own_ids_NE else (),
         )
 
 

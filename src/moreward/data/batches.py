@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -21,7 +22,7 @@ from jinja2 import TemplateError
 from moreward.data.audit import PairLengths, TokenizerMarks
 from moreward.data.load import Quarantined
 from moreward.errors import DataError
-from moreward.types import NO_DOMAIN, Batch, Conversation, Message, Preference, Rated, Rendered, Text
+from moreward.types import NO_DOMAIN, Batch, Conversation, Message, OwnIds, Preference, Rated, Rendered, Text
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +37,22 @@ OURS = frozenset({"tokenize", "add_generation_prompt", "chat_template", "convers
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a conversation and of its prompt alone; how many tokens were cut off the conversation."""
+    """Token ids of a conversation and of its prompt alone; how many tokens were cut off the conversation. `own_ids_E`
+    is the same conversation for each expert that has a tokenizer of its own."""
 
     ids: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     num_dropped: int = 0
+    own_ids_E: tuple[OwnIds, ...] = ()
 
     @property
     def truncated(self) -> bool:
         return self.num_dropped > 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longest reading."""
+        return max(len(self.ids), *(len(own.ids) for own in self.own_ids_E), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ class EncodedPair:
 
     @property
     def num_tokens(self) -> int:
-        return max(len(self.chosen.ids), len(self.rejected.ids))
+        return max(self.chosen.num_tokens, self.rejected.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,14 @@ class Encoder:
         if ids := preference.token_ids:
             return self._given(ids.chosen, ids.prompt), self._given(ids.rejected, ids.prompt)
         return self.conversation(side(preference, "chosen")), self.conversation(side(preference, "rejected"))
+
+    def too_long(self, encoded: Encoded) -> str:
+        """What is said of a conversation that was cut."""
+        return f"{len(encoded.ids) + encoded.num_dropped} tokens, the limit is {self.max_length}"
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer` reads back into `folder/backbone`."""
+        self.tokenizer.save_pretrained(folder / "backbone")
 
     def measure(self, preference: Preference) -> PairLengths:
         """What the audit wants to know of a pair's tokens."""
@@ -337,10 +353,11 @@ def encode_pairs(
 
 def _fault(chosen: Encoded, rejected: Encoded, on_long: str) -> tuple[str, str]:
     """Why two token sequences are no pair to learn from, in a word and in a sentence; both empty if they are."""
-    reason = "identical_after_truncation" if chosen.ids == rejected.ids else ""
+    is_same = (chosen.ids, chosen.own_ids_E) == (rejected.ids, rejected.own_ids_E)
+    reason = "identical_after_truncation" if is_same else ""
     if on_long == "drop" and (chosen.truncated or rejected.truncated):
         reason = "too_long"
-    sizes = [len(e.ids) + e.num_dropped for e in (chosen, rejected)]
+    sizes = [e.num_tokens + e.num_dropped for e in (chosen, rejected)]
     return reason, f"{reason}: chosen {sizes[0]} tokens, rejected {sizes[1]}" if reason else ""
 
 
@@ -446,6 +463,7 @@ def _batch(encoded: Sequence[Encoded], domains: Sequence[int], pad_id: int, **mo
         prompt_of_N=torch.tensor(prompt_of_N),
         domain_N=torch.tensor(list(domains)),
         truncated_N=torch.tensor([e.truncated for e in encoded]),
+        own_ids_NE=tuple(e.own_ids_E for e in encoded) if encoded[0].own_ids_E else (),
         **more,
     )
 

@@ -182,6 +182,8 @@ def _begin(
         raise ConfigError(
             f"recipe {old.recipe!r} has no expert per domain, so it cannot be {DONE[kind]}: train it again"
         )
+    if made_by := recipe.made_by:
+        raise ConfigError(f"recipe {old.recipe!r} cannot be {DONE[kind]}: make a new run by {made_by}")
     assert isinstance(before.system, GrowingSystem)
     axis = recipe.grows_by(old.system, domain)
     parts = _parts_after(kind, domain, before.system.part_labels(axis), axis)

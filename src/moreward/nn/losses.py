@@ -88,6 +88,40 @@ class DomainLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Where a router would send each pair's prompt, `logits_BE`, and which experts rank the pair right, `right_BE`."""
+
+    logits_BE: Tensor
+    right_BE: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectnessLoss:
+    """Minus the log-probability that the router sends a pair to an expert that is right about it:
+    logsumexp of all logits less that of the right experts'.
+
+    Needs no domain labels. Pairs about which all experts are right, or none, say nothing of where to go: loss 0. The
+    share of right pairs is that of pairs whose likeliest expert is right: the accuracy of top-1 routing.
+    """
+
+    name: str = "routed_accuracy"
+
+    def __call__(self, output: Verdict, batch: Batch) -> Outcome:
+        right_BE, logits_BE = output.right_BE, output.logits_BE
+        tells_B = right_BE.any(1) & ~right_BE.all(1)
+        # Where nothing is told all count as right, so that the difference is 0 and finite.
+        counted_BE = right_BE | ~tells_B[:, None]
+        loss_B = logits_BE.logsumexp(1) - logits_BE.masked_fill(~counted_BE, -torch.inf).logsumexp(1)
+        chosen_B = right_BE.gather(1, logits_BE.argmax(1, keepdim=True))[:, 0]
+        return Outcome(
+            loss_B=_weighted(loss_B, batch),
+            right_B=chosen_B,
+            tie_B=torch.zeros_like(chosen_B),
+            domain_B=batch.domain_N[: len(loss_B)],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardLoss:
     """Squared error against given rewards, `batch.ratings_NK[:, 0]`: a value per conversation, not per pair. One
     that is off by less than `within` is right."""

@@ -10,12 +10,14 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from moreward.data.batches import Encoder
 from moreward.errors import ConfigError
 from moreward.nn.backbone import Backbone
 from moreward.nn.experts import OneExpert, RewardHead, Standardize
@@ -135,6 +137,13 @@ class System(nn.Module):
     tunes: ClassVar[tuple[Tune, ...]] = ("full", "lora", "frozen")
     uses_capabilities: ClassVar[bool] = False
     """Whether pairs that judge one capability are for this recipe; others never see them."""
+    made_by: ClassVar[str] = ""
+    """The command that makes runs of this recipe, where it is not `moreward train`."""
+
+    @classmethod
+    def reads_with(cls, config: Any, encoder: Encoder, folder: Path | None) -> Encoder:
+        """The encoder of a run, given that of its backbone. `folder`: of the finished model, None in training."""
+        return encoder
 
     @classmethod
     def settle(cls, config: SystemConfig, preferences: Sequence[Preference]) -> SystemConfig:
@@ -325,6 +334,10 @@ class GatedSystem(GrowingSystem):
     def each_part(self, batch: Batch) -> dict[str, float]:
         alone = [torch.tensor([[e]], device=batch.ids_NT.device) for e in range(len(self.domains))]
         return {name: float(self.judge(batch, e_11)) for name, e_11 in zip(self.domains, alone, strict=True)}
+
+    def raw_size(self, name: str) -> float:
+        """How large the numbers are that an expert's raw reward is the sum of: what its rounding follows."""
+        return max(1.0, abs(float(self.standardizer(name).mean)))
 
     def new_domain_stages(self, domain: str, pairwise: Objective) -> list[Stage]:
         """What a domain that comes later takes: its expert, and the router again. No old expert may move."""
