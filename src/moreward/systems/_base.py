@@ -321,7 +321,7 @@ class GatedSystem(GrowingSystem):
 
     def own_tensors(self, label: str) -> set[str]:
         """As above; a zero and unit that all share are not among them."""
-        name = self.expert_names[self.domains.index(label)]
+        name = self.expert_names[self.expert_labels.index(label)]
         units = {id(b) for other in self.expert_names if other != name for b in self.standardizer(other).buffers()}
         mine = {id(p) for p in self.expert_parameters(name)}
         mine |= {id(b) for b in self.standardizer(name).buffers()} - units
@@ -332,8 +332,8 @@ class GatedSystem(GrowingSystem):
         return [self.router_stage()] if kind == "remove" else self.new_domain_stages(label, pairwise)
 
     def each_part(self, batch: Batch) -> dict[str, float]:
-        alone = [torch.tensor([[e]], device=batch.ids_NT.device) for e in range(len(self.domains))]
-        return {name: float(self.judge(batch, e_11)) for name, e_11 in zip(self.domains, alone, strict=True)}
+        alone = [torch.tensor([[e]], device=batch.ids_NT.device) for e in range(len(self.expert_labels))]
+        return {name: float(self.judge(batch, e_11)) for name, e_11 in zip(self.expert_labels, alone, strict=True)}
 
     def raw_size(self, name: str) -> float:
         """How large the numbers are that an expert's raw reward is the sum of: what its rounding follows."""
