@@ -462,7 +462,9 @@ class Work:
             return
         card = {**self.card(reports), **more}
         store = self.system.backbones()[0].store
-        scorer = Scorer(self.system, self.encoder, card, device=str(self.accelerator.device))
+        device = self.accelerator.device
+        place = str(device) if device.type == "cuda" else device.type  # several processes call their CPU cpu:0
+        scorer = Scorer(self.system, self.encoder, card, device=place)
         texts = golden_items(self.pairs.val or self.pairs.train)[: NUM_GOLDEN // 4 if golden else None]
         card["golden"] = scorer.golden([*golden, *texts] or self._golden_rated())
         calibration = self._calibrate(scorer, store) if earlier is None else None
