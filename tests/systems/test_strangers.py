@@ -70,6 +70,15 @@ def classifier(folder: Path, backbone: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def told_of_types(folder: Path) -> Path:
+    """With a tokenizer that numbers the texts of a pair, as that of BERT on the hub."""
+    file = folder / "tokenizer_config.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    told["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    file.write_text(json.dumps(told), encoding="utf-8")
+    return folder
+
+
 def by_trl(folder: Path, backbone: Path, pairs: Sequence[Preference]) -> Path:
     """What `RewardTrainer` leaves behind after a few steps on conversations."""
     from datasets import Dataset
@@ -219,8 +228,11 @@ def folders(
     return {
         "trl": by_trl(at / "trl", tiny_backbone("qwen2"), pairs),
         "ours": exported[0].folder,
-        "types": classifier(at / "types", tiny_backbone("bert"), seed=1),
+        "types": told_of_types(classifier(at / "types", tiny_backbone("bert"), seed=1)),
         "roberta": classifier(at / "roberta", tiny_backbone("roberta"), seed=2),
+        "pad-is-eos": classifier(at / "pad", tiny_backbone("llama"), seed=5),
+        "deberta": classifier(at / "deberta", tiny_backbone("deberta-v2"), seed=6),
+        "modern": classifier(at / "modern", tiny_backbone("modernbert"), seed=7),
         "factory": with_value_head(at / "factory", tiny_backbone("llama")),
         "rlhf": by_openrlhf(at / "rlhf", tiny_backbone("qwen3"), mean=0.25, std=3.0),
         "other-prefix": by_openrlhf(
@@ -251,6 +263,16 @@ def test_every_expert_says_what_plain_transformers_says(
     for (prompt, response), said in zip(items, raw(load(imported.run), items), strict=True):
         wanted = {name: plain(folder, prompt, response) for name, folder in folders.items()}
         assert said == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_the_kinds_under_test_are_those_that_are_easily_read_wrongly(folders: dict[str, Path]) -> None:
+    """Else a fixture that changed could make the comparison above an easy one."""
+    padding = json.loads((folders["pad-is-eos"] / "config.json").read_text())
+    assert padding["pad_token_id"] == padding["eos_token_id"]
+    assert int(tokens(folders["pad-is-eos"], *TEXTS[0])["input_ids"][0, -1]) == padding["pad_token_id"]
+    assert json.loads((folders["no.pad"] / "config.json").read_text()).get("pad_token_id") is None
+    assert bool(tokens(folders["types"], *TEXTS[0])["token_type_ids"].any())
+    assert AutoTokenizer.from_pretrained(folders["trl"]).chat_template
 
 
 def test_the_rewards_under_test_differ(imported: Imported) -> None:
@@ -312,6 +334,7 @@ def test_conversations_that_the_router_cannot_tell_apart_are_two(imported: Impor
     assert second["factory"] == pytest.approx(plain(folders["factory"], *items[1]), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_run_opens_elsewhere_without_the_directories(
     imported: Imported, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -340,6 +363,7 @@ def test_the_run_opens_elsewhere_without_the_directories(
         assert experts == pytest.approx(one.expert_rewards, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_run(
     imported: Imported, make: Callable[..., Path], pairs: tuple[Preference, ...], tmp_path: Path
 ) -> None:
@@ -437,6 +461,7 @@ def test_the_router_learns_which_of_two_experts_is_right(tiny_backbone: Backbone
     assert made.routed > max(long.val_accuracy or 0.0, short.val_accuracy or 0.0)
 
 
+@pytest.mark.slow
 def test_a_server_gives_the_runs_rewards(imported: Imported, tmp_path: Path) -> None:
     with serving(imported.run, tmp_path / "log") as live, live.client() as client:
         items = [{"messages": [*prompt, *response]} for prompt, response in TURNS]
