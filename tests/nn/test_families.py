@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DebertaV2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from moreward.errors import ConfigError
-from moreward.nn import attention
+from moreward.nn import adapted, attention
 from moreward.nn.adapted import Kept
 from moreward.nn.backbone import Backbone
 from moreward.nn.families import deberta_v2
@@ -103,6 +103,22 @@ def test_debertas_segments_padded_for_a_gpu_equal_its_own_code_gradients_include
         patch.setitem(deberta_v2.BLOCK, "cpu", 512)
         padded = run(backbone, *told, packed=True)
     assert_equal(padded, run(backbone, *told, packed=False))
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2", "qwen2"])
+@pytest.mark.parametrize("columns", [6, 128])
+@settings(max_examples=8)
+@given(cases=cases, seed=st.integers(0, 99), bare=st.booleans())
+def test_adapters_stacked_for_a_gpu_equal_adapters_one_by_one(backbones, kind, columns, cases, seed, bare):
+    backbone = backbones(kind, "own")
+    ids_NT, mask_NT, adapter_N = batch_of(cases, backbone.config.vocab_size, seed)
+    adapter_N[0] = -1 if bare else adapter_N[0]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        alone_ND = backbone(ids_NT, mask_NT, adapter_N)
+        patch.setattr(adapted, "stacks", lambda x: True)
+        patch.setattr(adapted, "STACKED", columns)
+        stacked_ND = backbone(ids_NT, mask_NT, adapter_N)
+    torch.testing.assert_close(stacked_ND, alone_ND, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", PACKED)

@@ -2,8 +2,9 @@
 
 An adapter's rows are one slice, so its product is two small matrix products on that slice; in a stream without
 gradients a large slice meets the merged weight instead, which costs nothing beyond the layer's own product: see
-`merging` for what is large. Merged weights are kept in a bounded memory. T rows of the stream (or L of its leaves),
-R rank.
+`merging` for what is large. Merged weights are kept in a bounded memory. On a GPU, where launches are dearer than
+products of this size, adapters without gradients are stacked instead: one product for many of them, in which each row
+keeps what its own adapter gives. T rows of the stream (or L of its leaves), R rank, K columns of a stack.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 2 << 30
 """Memory for merged weights and position tables of one backbone."""
+
+STACKED = 128
+"""Columns of a stack: of every row's products with it all but R are thrown away."""
 
 Pair = tuple[Tensor, Tensor]
 """A (R, in) and B (out, R) of one layer."""
@@ -131,6 +135,8 @@ class StreamLinear:
 
     def _without_gradients(self, module: Any, x: Tensor, given: Sequence[tuple[Group, Pair]]) -> Tensor:
         assert self.bank is not None
+        if len(given) > 1 and stacks(x):
+            return self._stacked(module, x, given)
         rows = self.merge_from.get(self.names[module])
         large = [(g, p) for g, p in given if rows is not None and g.stop - g.start >= rows]
         if not large:
@@ -150,6 +156,37 @@ class StreamLinear:
         _add_deltas(y, x, [one for one in given if one not in large], self.bank.scale)
         return y
 
+    def _stacked(self, module: Any, x: Tensor, given: Sequence[tuple[Group, Pair]]) -> Tensor:
+        assert self.bank is not None
+        y = product(x, module.weight, module.bias)
+        many = max(1, STACKED // self.bank.rank)
+        for first in range(0, len(given), many):
+            part = given[first : first + many]
+            groups = tuple(group for group, _ in part)
+            matrices = [matrix for _, pair in part for matrix in pair]
+            adapters = tuple(group.adapter for group in groups)
+            A_KI = self.kept_ones.get(("A", module, adapters), matrices, lambda m=matrices: torch.cat(m[::2]))  # type: ignore[misc]
+            B_KO = self.kept_ones.get(
+                ("B", module, adapters),
+                matrices,
+                lambda m=matrices: torch.cat([B_OR.mT for B_OR in m[1::2]]),  # type: ignore[misc]
+            )
+            here = slice(groups[0].start, groups[-1].stop)
+            inner_TK = (x[here] @ A_KI.mT).masked_fill_(self._others_TK(groups, x.device), 0)
+            y[here].addmm_(inner_TK, B_KO, alpha=self.bank.scale)
+        return y
+
+    def _others_TK(self, groups: tuple[Group, ...], device: torch.device) -> Tensor:
+        """Which columns of a stack are not of a row's own adapter."""
+        if ("others", groups) not in self.stream.memo:
+            assert self.bank is not None
+            place_T = torch.full((groups[-1].stop - groups[0].start,), -1)
+            for place, group in enumerate(groups):
+                place_T[group.start - groups[0].start : group.stop - groups[0].start] = place
+            place_K = torch.arange(len(groups)).repeat_interleave(self.bank.rank)
+            self.stream.memo["others", groups] = place_T.to(device)[:, None] != place_K.to(device)
+        return self.stream.memo["others", groups]  # type: ignore[no-any-return]
+
     def _merged(self, module: Any, adapter: int, pair: Pair) -> Tensor:
         A_RI, B_OR = pair
         assert self.bank is not None
@@ -159,6 +196,11 @@ class StreamLinear:
             [module.weight, A_RI, B_OR],
             lambda: merged(module.weight, A_RI, B_OR, scale),
         )
+
+
+def stacks(x: Tensor) -> bool:
+    """Whether fewer launches are worth products that are thrown away."""
+    return x.device.type != "cpu"
 
 
 def _add_deltas(y: Tensor, x: Tensor, given: Sequence[tuple[Group, Pair]], scale: float) -> None:

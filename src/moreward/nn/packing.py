@@ -81,7 +81,7 @@ class Stream:
         self.leaf_segments = list(leaf_segments)
         self.leaf_of_N = list(leaf_of_N)
         self.device = device
-        self.memo: dict[str, Any] = {}
+        self.memo: dict[Any, Any] = {}
         """What a family needs in every layer of this stream and computes once."""
         self.starts: list[int] = []
         num_tokens = 0
